@@ -1,0 +1,352 @@
+"""The blocks that concern the whole process: runtime, observability, admin, security, passthrough."""
+
+import os
+import ssl
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from expressgateway.config.listeners import DRAIN_JITTER, DRAIN_TIMEOUT, jitter_faults
+from expressgateway.config.pools import Backend, set_faults
+from expressgateway.config.values import (
+    LIST,
+    Address,
+    BadValueError,
+    Block,
+    Custom,
+    Fault,
+    FilePath,
+    Fraction,
+    Matches,
+    Name,
+    Network,
+    Range,
+    expect_string,
+    shown,
+)
+
+MAX_WORKERS = 256
+
+
+def _parse_workers(value: object) -> int | str:
+    if value == "auto" or (
+        isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_WORKERS
+    ):
+        return value
+    raise BadValueError(f'expected "auto" or a whole number from 1 to {MAX_WORKERS}, found {shown(value)}')
+
+
+def _parse_ciphers(value: object) -> str:
+    text = expect_string(value, "a list of ciphers")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).set_ciphers(text)
+    except (ssl.SSLError, ValueError):
+        raise BadValueError(
+            f"expected ciphers that OpenSSL knows, joined by colons, found {shown(text)}",
+            "`openssl ciphers` lists them",
+        ) from None
+    return text
+
+
+class RuntimeTls(Block):
+    """TLS settings of every listener."""
+
+    tls13_only: bool = Field(
+        default=False, description='Accept TLS 1.3 only; the same as `min_version = "1.3"`.'
+    )
+    min_version: Literal["1.2", "1.3"] = Field(default="1.2", description="Oldest TLS version accepted.")
+    ciphers: Annotated[str, Custom("OpenSSL cipher list", _parse_ciphers)] | None = Field(
+        default=None,
+        description="Ciphers of TLS 1.2, in OpenSSL's notation.",
+        json_schema_extra={"default_text": "Python's"},
+    )
+
+    def resolve(self) -> None:
+        if self.tls13_only and not self.is_set("min_version"):
+            self.settle(min_version="1.3")
+        elif self.min_version == "1.3" and not self.is_set("tls13_only"):
+            self.settle(tls13_only=True)
+
+    def faults(self) -> Iterator[Fault]:
+        if self.tls13_only != (self.min_version == "1.3"):
+            yield Fault(
+                ("min_version",),
+                f"min_version = {shown(self.min_version)} contradicts tls13_only = {shown(self.tls13_only)}",
+                "remove one of the two",
+                depends=(("tls13_only",),),
+            )
+        elif self.tls13_only and self.ciphers is not None:
+            yield Fault(
+                ("ciphers",),
+                "ciphers has no effect when only TLS 1.3 is accepted",
+                "the ciphers of TLS 1.3 are fixed: remove the key",
+                depends=(("tls13_only",), ("min_version",)),
+            )
+
+
+class Watchdog(Block):
+    """The sweep that closes connections which do not get on."""
+
+    header_deadline_ms: Annotated[int, Range(100, 60_000, "milliseconds")] = Field(
+        default=5000,
+        description="From the first byte of a request head to its end, whatever the listener allows.",
+    )
+    body_progress_min_bps: Annotated[int, Range(0, 10_000_000, "bytes per second")] = Field(
+        default=64, description="Slowest upload tolerated over a sweep, in bytes per second; 0 = off."
+    )
+    sweep_interval_ms: Annotated[int, Range(100, 60_000, "milliseconds")] = Field(
+        default=1000, description="Time between two sweeps."
+    )
+
+
+class Runtime(Block):
+    """Settings of the whole process."""
+
+    workers: Annotated[
+        int | Literal["auto"],
+        Custom(
+            f"`auto` or 1..{MAX_WORKERS}",
+            _parse_workers,
+            (("anyOf", [{"const": "auto"}, {"type": "integer", "minimum": 1, "maximum": MAX_WORKERS}]),),
+        ),
+    ] = Field(
+        default="auto", description="Worker processes; `auto` is one for each core the process may use."
+    )
+    xdp_enabled: bool = Field(default=False, description="Forward in the kernel where possible.")
+    xdp_interface: Annotated[str, Matches("the name of a network interface", r"[^\s/]{1,15}")] | None = Field(
+        default=None, description="Network interface the program is attached to; required when enabled."
+    )
+    xdp_mode: Literal["auto", "native", "skb", "hw"] = Field(
+        default="auto", description="How it is attached."
+    )
+    xdp_new_flow_cap_per_sec_per_cpu: Annotated[int, Range(1000, 10_000_000, zero="off")] = Field(
+        default=125_000, description="New flows a second on each CPU."
+    )
+    drain_timeout_ms: Annotated[int, DRAIN_TIMEOUT] = Field(
+        default=10_000, description="Time connections have to finish when the process stops."
+    )
+    readiness_settle_ms: Annotated[int, Range(0, 30_000, "milliseconds")] = Field(
+        default=11_000, description="Time between turning unready and no longer accepting."
+    )
+    drain_jitter_ms: Annotated[int, DRAIN_JITTER] = Field(
+        default=0,
+        description="Time over which clients are told to leave.",
+        json_schema_extra={"default_text": "drain timeout / 4", "range_text": "0..drain timeout"},
+    )
+    handshake_timeout_ms: Annotated[int, Range(100, 60_000, "milliseconds")] = Field(
+        default=5000, description="Time for a TLS handshake."
+    )
+    max_inflight_connections: Annotated[int, Range(100, 2_000_000)] = Field(
+        default=65_536, description="Connections of TCP and QUIC at once, in the whole process."
+    )
+    connect_timeout_ms: Annotated[int, Range(100, 60_000, "milliseconds")] = Field(
+        default=5000, description="Time to reach a backend."
+    )
+    per_ip_connection_cap: Annotated[int, Range(1, 2_000_000)] = Field(
+        default=1024,
+        description="Connections of TCP and QUIC from one address; `trusted_proxies` are exempt.",
+    )
+    header_underscore_policy: Literal["reject", "drop", "allow"] = Field(
+        default="reject", description="What becomes of header names with an underscore."
+    )
+    max_keepalive_requests: Annotated[int, Range(1, 10_000_000, zero="off")] = Field(
+        default=100, description="Exchanges of one client connection, on HTTP/1.1 and HTTP/2."
+    )
+    max_requests_per_h3_connection: Annotated[int, Range(1, 10_000_000, zero="off")] = Field(
+        default=1000, description="Exchanges of one HTTP/3 connection."
+    )
+    trusted_proxies: Annotated[tuple[Network, ...], LIST] = Field(
+        default=(), description="Networks (CIDR) whose forwarding and PROXY headers are believed."
+    )
+    user: Name | None = Field(default=None, description="User the process becomes after binding.")
+    group: Name | None = Field(
+        default=None,
+        description="Group the process becomes after binding.",
+        json_schema_extra={"default_text": "the user's"},
+    )
+    tls: RuntimeTls = Field(default_factory=RuntimeTls, description="TLS settings of every listener.")
+    watchdog: Watchdog = Field(
+        default_factory=Watchdog, description="The sweep that closes what does not get on."
+    )
+
+    @property
+    def worker_count(self) -> int:
+        """`workers` as a number on this machine."""
+        if self.workers == "auto":
+            return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+        return self.workers
+
+    def resolve(self) -> None:
+        if not self.is_set("drain_jitter_ms"):
+            self.settle(drain_jitter_ms=self.drain_timeout_ms // 4)
+
+    def faults(self) -> Iterator[Fault]:
+        yield from jitter_faults(self.drain_jitter_ms, self.drain_timeout_ms)
+        if self.xdp_enabled and self.xdp_interface is None:
+            yield Fault(
+                ("xdp_enabled",),
+                "xdp_enabled needs xdp_interface",
+                "name the network interface that clients come in by",
+                depends=(("xdp_interface",),),
+            )
+
+
+class AccessLog(Block):
+    """One line for each exchange."""
+
+    path: Annotated[str, Matches('the path of a file, or "stdout"', r"[^\0]+")] = Field(
+        default="stdout", description="File the lines are appended to, or `stdout`."
+    )
+    format: Literal["json", "combined"] = Field(default="json", description="Form of a line.")
+    sample: Annotated[float, Fraction()] = Field(
+        default=1.0, description="Share of exchanges that are logged."
+    )
+
+
+class Tracing(Block):
+    """Spans sent to a collector."""
+
+    endpoint: Annotated[str, Matches('a URL such as "http://127.0.0.1:4318"', r"https?://[!-~]+")] = Field(
+        description="OTLP endpoint of the collector."
+    )
+    service_name: Name = Field(default="expressgateway", description="Name of this service in traces.")
+    sample: Annotated[float, Fraction()] = Field(
+        default=0.01, description="Share of exchanges traced that came without a decision."
+    )
+
+
+class Observability(Block):
+    """What can be seen from outside."""
+
+    metrics_bind: Address | None = Field(
+        default=None,
+        description="Address of the admin listener: probes, metrics, API. Absent = none; failing to "
+        "bind it is fatal.",
+    )
+    max_label_cardinality: Annotated[int, Range(1, 10_000_000)] = Field(
+        default=10_000,
+        description="Largest number of series one metric may have; checked when the file is loaded.",
+    )
+    access_log: AccessLog | None = Field(default=None, description="Access log; absent = none.")
+    tracing: Tracing | None = Field(default=None, description="Traces; absent = continued but not exported.")
+
+
+class Admin(Block):
+    """Who may use the admin listener."""
+
+    api_token_hash: (
+        Annotated[
+            str,
+            Matches(
+                "the SHA-256 of the token, 64 hexadecimal digits",
+                r"[0-9a-f]{64}",
+                "`expressgateway hash-token` prints it",
+                lower=True,
+            ),
+        ]
+        | None
+    ) = Field(default=None, description="SHA-256 of the bearer token, 64 hexadecimal digits.")
+    allow_non_loopback: bool = Field(
+        default=False,
+        description="Allow `metrics_bind` on an address that other machines can reach; needs "
+        "`api_token_hash`.",
+    )
+
+    def faults(self) -> Iterator[Fault]:
+        if self.allow_non_loopback and self.api_token_hash is None:
+            yield Fault(
+                ("allow_non_loopback",),
+                "allow_non_loopback needs api_token_hash",
+                "choose a token and add the output of `expressgateway hash-token`",
+                depends=(("api_token_hash",),),
+            )
+
+
+class Security(Block):
+    """Strictness beyond the standards."""
+
+    strict_te: bool = Field(
+        default=False, description="Refuse every Transfer-Encoding other than exactly `chunked`."
+    )
+
+
+class CidRouting(Block):
+    """QUIC-LB: the backend's server id is carried in the connection ID."""
+
+    config_id: Annotated[int, Range(0, 6)] = Field(
+        description="Configuration id, in the CID's first three bits."
+    )
+    server_id_length: Annotated[int, Range(1, 15, "bytes")] = Field(description="Length of the server id.")
+    key: Annotated[str, Matches("32 hexadecimal digits", r"[0-9a-f]{32}", lower=True)] | None = Field(
+        default=None, description="AES-128 key; absent = server ids in the clear."
+    )
+
+
+class Passthrough(Block):
+    """Mode A: QUIC routed by connection ID, never decrypted."""
+
+    bind_addr: Address = Field(description="Bind address.")
+    backends: Annotated[tuple[Backend, ...], LIST] = Field(description="Backends, as addresses or as tables.")
+    retry_secret_path: FilePath | None = Field(
+        default=None, description="32 bytes, mode 0600; required when `mint_retry`."
+    )
+    max_quic_connections: Annotated[int, Range(1, 2_000_000)] = Field(
+        default=100_000, description="Flows at once."
+    )
+    min_client_dcid_len: Annotated[int, Range(8, 20, "bytes")] = Field(
+        default=8, description="Shortest connection ID of a client's first packet."
+    )
+    per_flow_backlog: Annotated[int, Range(1, 8192)] = Field(
+        default=32, description="Datagrams waiting in a flow."
+    )
+    strict_source_binding: bool = Field(
+        default=False, description="Drop packets of a flow from another address."
+    )
+    audit_throttle_window_secs: Annotated[int, Range(1, unit="seconds")] = Field(
+        default=60, description="One log line per kind and source in this time."
+    )
+    max_dcid_len_routed: Annotated[int, Range(1, 20, "bytes")] = Field(
+        default=20, description="Longest connection ID looked up."
+    )
+    mint_retry: bool = Field(
+        default=False,
+        description="Answer new clients with a Retry of our own; the backends must read our token.",
+    )
+    flow_idle_timeout_ms: Annotated[int, Range(1, unit="milliseconds", zero="off")] = Field(
+        default=60_000, description="Silence after which a flow is forgotten."
+    )
+    per_ip_flow_cap: Annotated[int, Range(1, 2_000_000)] = Field(
+        default=1024, description="Flows from one address."
+    )
+    cid_routing: CidRouting | None = Field(
+        default=None, description="QUIC-LB; absent = learned connection IDs."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tables_of_addresses(cls, data: object) -> object:
+        if isinstance(data, dict) and isinstance(backends := data.get("backends"), list | tuple):
+            tables = [{"address": entry} if isinstance(entry, str) else entry for entry in backends]
+            return {**data, "backends": tables}
+        return data
+
+    def faults(self) -> Iterator[Fault]:
+        if not self.backends:
+            yield Fault(("backends",), "passthrough needs at least one backend")
+        if self.mint_retry and self.retry_secret_path is None:
+            yield Fault(
+                ("mint_retry",),
+                "mint_retry needs retry_secret_path",
+                "name a file of 32 bytes with mode 0600",
+                depends=(("retry_secret_path",),),
+            )
+        for index, backend in enumerate(self.backends):
+            for key in ("protocol", "tls", "send_proxy"):
+                if backend.is_set(key) and getattr(backend, key) not in ("tcp", False, None):
+                    yield Fault(
+                        ("backends", index, key),
+                        f"{key} has no effect on QUIC that is passed through",
+                        "remove the key",
+                    )
+        yield from set_faults(("backends",), self.backends)

@@ -1,0 +1,261 @@
+"""A listener: where clients connect, what they speak, and where their work goes.
+
+Introduces `Listener`. Times it inherits from `[runtime]` and the pools it names are settled by the whole
+configuration, which alone can see them.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Final, get_args
+
+from pydantic import Field
+
+from expressgateway.config.availability import on_offer
+from expressgateway.config.http import AltSvc, Grpc, H2Security, Http, WebSocket
+from expressgateway.config.pools import (
+    DATAGRAM_FRONTS,
+    HTTP_FRONTS,
+    Backend,
+    CircuitBreaker,
+    Front,
+    Health,
+    LoadBalancing,
+    Outlier,
+    Retry,
+    as_http,
+    backend_faults,
+    nearest,
+    protocol_faults,
+    set_faults,
+)
+from expressgateway.config.routes import Route
+from expressgateway.config.tls import ListenerTls, Quic
+from expressgateway.config.values import (
+    LIST,
+    Address,
+    BadValueError,
+    Block,
+    Fault,
+    Name,
+    Range,
+    before,
+    expect_string,
+    listed,
+    shown,
+)
+
+DRAIN_TIMEOUT: Final = Range(100, 300_000, "milliseconds")
+DRAIN_JITTER: Final = Range(0, 300_000, "milliseconds")
+
+_MISTAKEN: Final = {
+    "http": 'write "h1" for HTTP/1.1 in clear text, "h1s" for HTTP over TLS, "quic" for HTTP/3',
+    "https": 'write "h1s" for HTTP over TLS',
+    "h2": 'write "h1s": HTTP/2 is negotiated there by ALPN',
+    "h3": 'write "quic" for HTTP/3',
+}
+
+
+def _parse_front(value: object) -> str:
+    fronts = get_args(Front)
+    offered = ", ".join(on_offer("listeners.protocol", fronts))
+    text = expect_string(value, f"one of {offered}")
+    if text in fronts:
+        return text
+    raise BadValueError(
+        f"expected one of {offered}, found {shown(text)}",
+        _MISTAKEN.get(text) or nearest(text, fronts),
+    )
+
+
+_ONLY_ON: Final = {
+    "alt_svc": ("h1", "h1s"),
+    "http": ("h1", "h1s", "quic"),
+    "h2_security": ("h1s",),
+    "websocket": ("h1", "h1s", "quic"),
+    "grpc": ("h1s", "quic"),
+    "routes": ("h1", "h1s", "quic"),
+    "proxy_protocol": ("tcp", "tls", "h1", "h1s"),
+    "h2c": ("h1",),
+}
+"""Keys that make sense for some protocols only."""
+
+POOL_KEYS: Final = ("load_balancing", "health", "outlier", "retry", "circuit_breaker")
+"""Keys that tune the unnamed pool made of `backends`."""
+
+
+class Listener(Block):
+    """One bound address."""
+
+    name: Name = Field(
+        default="",
+        description="Used in metrics and logs. A `udp` or `quic` listener that shares its address "
+        "with another is called `ADDRESS/udp` by default.",
+        json_schema_extra={"default_text": "`address`"},
+    )
+    address: Address = Field(description="Bind address: `host:port` or `[v6]:port`.")
+    protocol: Annotated[Front, before(_parse_front)] = Field(
+        description="`tcp` and `udp` relay, `tls` terminates and relays, `h1` is HTTP in clear text, "
+        "`h1s` HTTP over TLS, `quic` HTTP/3."
+    )
+    tls: ListenerTls | None = Field(
+        default=None, description="Required for `tls` and `h1s`, refused elsewhere."
+    )
+    quic: Quic | None = Field(default=None, description="Required for `quic`, refused elsewhere.")
+    alt_svc: AltSvc | None = Field(
+        default=None,
+        description="h1, h1s: advertise HTTP/3 with `{h3_port, max_age}`, replacing a backend's Alt-Svc.",
+    )
+    http: Http = Field(default_factory=Http, description="h1, h1s, quic: times, sizes and headers.")
+    h2_security: H2Security = Field(default_factory=H2Security, description="h1s: HTTP/2 limits.")
+    websocket: WebSocket | None = Field(default=None, description="h1, h1s, quic: WebSocket; absent = off.")
+    grpc: Grpc | None = Field(default=None, description="h1s, quic: gRPC; absent = plain HTTP.")
+    drain_timeout_ms: Annotated[int, DRAIN_TIMEOUT] = Field(
+        default=0,
+        description="Time connections have to finish when the listener is drained.",
+        json_schema_extra={"default_text": "from `runtime`"},
+    )
+    drain_jitter_ms: Annotated[int, DRAIN_JITTER] = Field(
+        default=0,
+        description="Time over which clients are told to leave, at most `drain_timeout_ms`. An "
+        "inherited value is capped to it.",
+        json_schema_extra={"default_text": "from `runtime`", "range_text": "0..drain timeout"},
+    )
+    proxy_protocol: bool = Field(
+        default=False,
+        description="Accept PROXY v1 and v2 headers, from `runtime.trusted_proxies` only. Not for "
+        "udp and quic.",
+    )
+    h2c: bool = Field(default=False, description="h1: also HTTP/2 with prior knowledge in clear text.")
+    backends: Annotated[tuple[Backend, ...], LIST] = Field(
+        default=(), description="The unnamed pool of this listener."
+    )
+    routes: Annotated[tuple[Route, ...], LIST] = Field(
+        default=(), description="h1, h1s, quic: rules that send exchanges to pools."
+    )
+    pool: Name | None = Field(default=None, description="Name of a pool, instead of `backends`.")
+    load_balancing: LoadBalancing = Field(
+        default_factory=LoadBalancing, description="As in `pools`, for `backends`."
+    )
+    health: Health | None = Field(default=None, description="As in `pools`, for `backends`.")
+    outlier: Outlier | None = Field(default=None, description="As in `pools`, for `backends`.")
+    retry: Retry | None = Field(default=None, description="As in `pools`, for `backends`.")
+    circuit_breaker: CircuitBreaker | None = Field(default=None, description="As in `pools`, for `backends`.")
+
+    @property
+    def is_http(self) -> bool:
+        return self.protocol in HTTP_FRONTS
+
+    @property
+    def is_datagram(self) -> bool:
+        return self.protocol in DATAGRAM_FRONTS
+
+    def resolve(self) -> None:
+        if not self.name:
+            self.settle(name=str(self.address))
+        if self.is_http:
+            self.settle(backends=as_http(self.backends))
+
+    def is_idle(self, key: str) -> bool:
+        if key in POOL_KEYS:
+            return not self.backends
+        return key in _ONLY_ON and self.protocol not in _ONLY_ON[key]
+
+    def faults(self) -> Iterator[Fault]:
+        yield from self._protocol_faults()
+        yield from self._backend_faults()
+        yield from self._route_faults()
+        if self.is_set("drain_timeout_ms") and self.is_set("drain_jitter_ms"):
+            yield from jitter_faults(self.drain_jitter_ms, self.drain_timeout_ms)
+
+    def _protocol_faults(self) -> Iterator[Fault]:
+        protocol = (("protocol",),)
+        for key, needed_by in (("tls", ("tls", "h1s")), ("quic", ("quic",))):
+            given = getattr(self, key) is not None
+            if self.protocol in needed_by and not given:
+                yield Fault(
+                    (key,),
+                    f"a listener with protocol {shown(self.protocol)} needs a {key} table",
+                    f"add [listeners.{key}] with cert_path and key_path",
+                    depends=protocol,
+                )
+            if given and self.protocol not in needed_by:
+                instead = {
+                    "h1": ' (for HTTP over TLS the protocol is "h1s")',
+                    "tcp": ' (for TLS the protocol is "tls")',
+                }
+                yield Fault(
+                    (key,),
+                    f"{key} has no effect on a listener with protocol {shown(self.protocol)}",
+                    f"remove the table, or choose another protocol{instead.get(self.protocol, '')}"
+                    if key == "tls"
+                    else 'remove the table, or choose the protocol "quic"',
+                    depends=protocol,
+                )
+        for key, fronts in _ONLY_ON.items():
+            where = listed(on_offer("listeners.protocol", fronts) or fronts)
+            asked = getattr(self, key) is True if key in ("proxy_protocol", "h2c") else self.is_set(key)
+            if asked and self.protocol not in fronts:
+                yield Fault(
+                    (key,),
+                    f"{key} has no effect on a listener with protocol {shown(self.protocol)}",
+                    f"it belongs to {where} listeners: remove it, or choose another protocol",
+                    depends=protocol,
+                )
+
+    def _backend_faults(self) -> Iterator[Fault]:
+        raw_proxy = self.quic is not None and self.quic.raw_proxy is not None
+        if not (self.backends or self.routes or raw_proxy) and self.pool is None:
+            yield Fault(
+                ("backends",),
+                "the listener has no backends",
+                "add [[listeners.backends]] with an address, or pool with the name of a pool",
+                depends=(("pool",), ("routes",), ("quic", "raw_proxy")),
+            )
+        if self.pool is not None and self.backends:
+            yield Fault(
+                ("pool",),
+                "pool and backends exclude each other",
+                "keep the pool, or the listener's own backends",
+                depends=(("backends",),),
+            )
+        if raw_proxy and (self.backends or self.pool is not None):
+            yield Fault(
+                ("backends",) if self.backends else ("pool",),
+                "a listener with quic.raw_proxy takes its backends from there",
+                "remove them here, or remove raw_proxy",
+            )
+        if not self.backends:
+            for key in POOL_KEYS:
+                if self.is_set(key):
+                    where = f"set it in the pool {shown(self.pool)}" if self.pool else "set it in the pool"
+                    yield Fault(
+                        (key,),
+                        f"{key} has no effect without backends of the listener's own",
+                        where,
+                        depends=(("backends",),),
+                    )
+        yield from set_faults(("backends",), self.backends)
+        yield from protocol_faults(("backends",), self.backends)
+        yield from backend_faults(self.protocol, ("backends",), self.backends)
+
+    def _route_faults(self) -> Iterator[Fault]:
+        first_of: dict[object, int] = {}
+        for index, route in enumerate(self.routes):
+            if (first := first_of.setdefault(route.specificity(), index)) != index:
+                yield Fault(
+                    ("routes", index, "match"),
+                    "{other} matches exactly the same, so neither can win",
+                    "remove one of the two, or make one more specific",
+                    depends=(("routes", first),),
+                    other=("routes", first),
+                )
+
+
+def jitter_faults(jitter_ms: int, timeout_ms: int) -> Iterator[Fault]:
+    """The jitter spreads the beginning of a drain, so it must lie within it."""
+    if jitter_ms > timeout_ms:
+        yield Fault(
+            ("drain_jitter_ms",),
+            f"expected at most the drain timeout ({timeout_ms} milliseconds), found {jitter_ms}",
+            "lower drain_jitter_ms, or raise drain_timeout_ms",
+            depends=(("drain_timeout_ms",),),
+        )

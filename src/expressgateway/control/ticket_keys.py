@@ -1,0 +1,79 @@
+"""The session ticket keys of every TLS listener: made here, kept across reloads and workers, rotated in time.
+
+The keys are secrets of the supervisor and its workers; they are never logged and never written down.
+"""
+
+import time
+from collections.abc import Callable
+
+from expressgateway.config.schema import Config
+from expressgateway.control.channel import Message, pack_bytes
+from expressgateway.control.failures import StartError
+from expressgateway.net.tickets import TicketKeySchedule, pack_keys
+
+
+class TicketKeys:
+    """One schedule for each TLS listener, by name."""
+
+    __slots__ = ("_clock", "_schedules", "_sent")
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._schedules: dict[str, TicketKeySchedule] = {}
+        self._sent: dict[str, object] = {}
+
+    def planned(self, config: Config) -> dict[str, TicketKeySchedule]:
+        """The schedules `config` asks for, with the keys there are. Nothing changes before `adopt`.
+
+        Raises `StartError` for times that would need too many keys.
+        """
+        planned: dict[str, TicketKeySchedule] = {}
+        for listener in config.listeners:
+            if listener.tls is None:
+                continue
+            interval, overlap = (
+                listener.tls.ticket_rotation_interval_seconds,
+                listener.tls.ticket_rotation_overlap_seconds,
+            )
+            known = self._schedules.get(listener.name)
+            if known is not None and (known.rotation_interval_s, known.overlap_s) == (interval, overlap):
+                planned[listener.name] = known
+                continue
+            try:
+                schedule = TicketKeySchedule(interval, overlap)
+            except ValueError as error:
+                raise StartError(f"the listener {listener.name!r}: {error}") from None
+            if known is not None:
+                schedule.restore(known.dump())
+            planned[listener.name] = schedule
+        return planned
+
+    def adopt(self, planned: dict[str, TicketKeySchedule]) -> None:
+        self._schedules = planned
+        self._sent = {name: keys for name, keys in self._sent.items() if name in planned}
+
+    def messages(self) -> list[Message]:
+        """The ``tickets`` messages a worker needs to begin with: every listener's keys."""
+        return [self._message(name) for name in self._schedules]
+
+    def changed(self) -> list[Message]:
+        """The same for listeners whose keys changed since `messages` or `changed` last gave them."""
+        now = self._clock()
+        return [
+            self._message(name)
+            for name, schedule in self._schedules.items()
+            if self._sent.get(name) is not schedule.keys_at(now)
+        ]
+
+    def next_change_s(self) -> float:
+        """Seconds until keys change; infinite without TLS listeners."""
+        now = self._clock()
+        for schedule in self._schedules.values():
+            schedule.keys_at(now)
+        changes = (schedule.next_change_at() for schedule in self._schedules.values())
+        return max(0.0, min(changes, default=float("inf")) - now)
+
+    def _message(self, name: str) -> Message:
+        keys = self._schedules[name].keys_at(self._clock())
+        self._sent[name] = keys
+        return {"type": "tickets", "listener": name, "keys": pack_bytes(pack_keys(keys))}

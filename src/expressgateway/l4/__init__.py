@@ -1,0 +1,1 @@
+"""Layer 4: bytes and datagrams relayed as they are."""

@@ -1,0 +1,255 @@
+"""One client's HTTP/1 connection: the stream's owner, the codec's shell, the home of its exchanges."""
+
+from typing import TYPE_CHECKING
+
+from expressgateway.net.stream import Stream
+from expressgateway.proxy.errors import DeadlineError, Reason
+from expressgateway.proxy.exchange import Exchange
+from expressgateway.proxy.forwarding import Peer
+from expressgateway.wire.errors import WireError
+from expressgateway.wire.h1.server import DISCARD, HEAD, H1Server
+from expressgateway.wire.head import RequestHead
+from expressgateway.wire.sinks import ServerStream
+
+if TYPE_CHECKING:
+    from expressgateway.net.http_listener import HttpListener
+
+
+class H1FrontConnection:
+    """See the module's text."""
+
+    __slots__ = (
+        "_ends_linger",
+        "_exchanges",
+        "_head_since",
+        "_idle_since",
+        "_is_closing",
+        "_is_congested",
+        "_is_draining",
+        "_is_receiving",
+        "_listener",
+        "_moved_at",
+        "_unsent",
+        "codec",
+        "exchange",
+        "peer",
+        "stream",
+    )
+
+    def __init__(self, listener: "HttpListener", peer: Peer) -> None:
+        # Wiring
+        self._listener = listener
+        self.peer = peer
+        self.stream: Stream | None = None
+        self.codec = H1Server(self, listener.h1_limits, peer.scheme)
+        # Connection
+        now = listener.reactor.now
+        self._exchanges = 0
+        self._idle_since = now  # seconds, as all times here
+        self._head_since = 0.0  # 0: no head has begun
+        self._unsent = 0  # bytes waiting at the last sweep, and since when they have not moved
+        self._moved_at = now
+        self._is_draining = False
+        self._is_closing = False
+        self._ends_linger = False  # the client may still be sending when we close
+        self._is_congested = False
+        # Exchange
+        self.exchange: Exchange | None = None
+        self._is_receiving = False
+
+    def begin(self) -> None:
+        if self.stream is not None:
+            self.stream.start()
+
+    # -- StreamOwner -----------------------------------------------------------------------------------
+
+    def on_open(self) -> None:
+        self._idle_since = self._listener.reactor.now
+        self._listener.on_open(self)
+
+    def on_bytes(self, data: bytes) -> None:
+        codec = self.codec
+        self._is_receiving = True
+        codec.receive_data(data)
+        self._is_receiving = False
+        if codec.reading is HEAD:
+            if not codec.is_mid_head:
+                self._head_since = 0.0
+            elif not self._head_since:
+                self._head_since = self._listener.reactor.now
+            if self._is_congested:
+                self.pause_reading()
+
+    def on_eof(self) -> None:
+        codec = self.codec
+        codec.receive_eof()
+        if codec.reading is DISCARD and not self._is_closing:
+            self._begin_close(linger=False)
+
+    def on_closed(self, error: str) -> None:
+        stream = self.stream
+        if stream is not None and stream.is_tls and not self._listener.is_counted(self):
+            self._listener.handshake_failed(self, error)
+        self.codec.receive_reset()
+
+    def on_released(self) -> None:
+        self._listener.forget(self)
+
+    def on_congested(self) -> None:
+        self._is_congested = True
+        self._moved_at = self._listener.reactor.now
+        if self.exchange is not None:
+            self.exchange.on_front_blocked()
+
+    def on_drained(self) -> None:
+        self._is_congested = False
+        if self.exchange is not None:
+            self.exchange.on_front_drained()
+        elif not self._is_closing:
+            self._next()
+
+    # -- the codec's shell -----------------------------------------------------------------------------
+
+    def open_exchange(self, stream: ServerStream) -> Exchange:
+        service = self._listener.service
+        self._exchanges += 1
+        self._head_since = 0.0
+        if self._is_draining or (service.max_requests and self._exchanges >= service.max_requests):
+            self.codec.close_after = True
+        exchange = Exchange(service, stream, self.peer)
+        self.exchange = exchange
+        return exchange
+
+    def refuse(self, stream: ServerStream, error: WireError, head: RequestHead | None) -> None:
+        self._ends_linger = True
+        exchange = Exchange(self._listener.service, stream, self.peer)
+        exchange.refuse(error)
+
+    def wake(self) -> None:
+        self._listener.reactor.wake(self)
+
+    def flush(self) -> None:
+        """The reactor's call at the end of a batch."""
+        codec = self.codec
+        out = codec.out
+        stream = self.stream
+        if out:
+            codec.out = []
+            if stream is not None:
+                stream.write(out)
+        if self._is_closing and stream is not None:
+            stream.close(linger=self._ends_linger)
+
+    def pause_reading(self) -> None:
+        if self.stream is not None:
+            self.stream.pause()
+
+    def resume_reading(self) -> None:
+        if self.stream is not None:
+            self.stream.resume()
+
+    def unsent(self) -> int:
+        return self.stream.backlog_bytes if self.stream is not None else 0
+
+    def half_close(self) -> None:
+        self.flush()
+        if self.stream is not None:
+            self.stream.write_eof()
+
+    def exchange_done(self, is_reusable: bool) -> None:
+        exchange = self.exchange
+        self.exchange = None
+        self._idle_since = self._listener.reactor.now
+        if not is_reusable:
+            # Without an end to its request the client is still sending: closing at once would destroy our
+            # answer on its way.
+            self._begin_close(linger=self._ends_linger or (exchange is not None and exchange.is_cut_short))
+        elif self._is_draining:
+            self._begin_close(linger=False)
+        elif not self._is_receiving:
+            self._next()
+
+    def reset(self) -> None:
+        """Close so that nothing sent before can be taken for complete."""
+        self._is_closing = True
+        exchange, self.exchange = self.exchange, None
+        if self.stream is not None:
+            out, self.codec.out = self.codec.out, []
+            if out and not self._is_congested:
+                self.stream.write(out)
+            self.stream.reset()
+        if exchange is not None and not exchange.is_done:
+            self.codec.receive_reset()
+
+    # -- between exchanges -----------------------------------------------------------------------------
+
+    def _next(self) -> None:
+        """The connection is idle: take the request that came early, or wait for one."""
+        if self._is_congested or self.stream is None:
+            return
+        held = self.codec.take_pipelined()
+        self.stream.resume()
+        if held:
+            self._listener.reactor.call_soon(lambda: self._take_early(held))
+
+    def _take_early(self, held: bytes) -> None:
+        if self.stream is not None and not self.stream.is_closed:
+            self.on_bytes(held)
+
+    def _begin_close(self, linger: bool) -> None:
+        self._is_closing = True
+        self._ends_linger = linger
+        self.wake()
+
+    def drain(self) -> None:
+        """Take no more requests: the answer under way says so, an idle connection closes."""
+        self._is_draining = True
+        self.codec.close_after = True
+        if self.codec.is_idle and not self._is_closing:
+            self._begin_close(linger=False)
+
+    def go_away(self) -> None:
+        """The drain's time is up."""
+        if self.exchange is not None:
+            self.exchange.go_away()
+        if not self._is_closing:
+            self.reset()
+
+    def sweep(self, now: float) -> None:
+        """Find what is due."""
+        stream = self.stream
+        if stream is None or stream.is_closed:
+            return
+        timeouts = self._listener.service.timeouts
+        unsent = stream.backlog_bytes
+        if not unsent or unsent != self._unsent:
+            self._unsent = unsent
+            self._moved_at = now
+        if stream.is_shaking_hands:
+            if now - self._idle_since > self._listener.handshake_timeout_s:
+                self._listener.handshake_failed(self, "timeout")
+                stream.reset()
+        elif unsent and now - self._moved_at > timeouts.body:
+            self._slow_reader()
+        elif self.exchange is not None:
+            self.exchange.sweep(now)
+        elif self._is_closing:
+            stream.sweep(now)
+        elif self._head_since:
+            if now - self._head_since > timeouts.header:
+                self._head_since = 0.0
+                self.codec.fail(DeadlineError(Reason.SLOW_HEAD))
+        elif now - self._idle_since > timeouts.idle:
+            self._begin_close(linger=False)
+
+    def _slow_reader(self) -> None:
+        exchange = self.exchange
+        if exchange is not None:
+            exchange.on_request_abort(DeadlineError(Reason.SLOW_READER))
+        else:
+            self._listener.service.counters.errors.add(Reason.SLOW_READER.value)
+            self._listener.service.security_event("slow_reader", self.peer, "the client does not read")
+        self.reset()
+
+    def __repr__(self) -> str:
+        return f"<H1FrontConnection {self.peer.ip.decode('ascii')} {self.codec!r} {self.exchange!r}>"

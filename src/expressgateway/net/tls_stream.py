@@ -1,0 +1,202 @@
+"""TLS on a stream's own descriptor.
+
+OpenSSL reads and writes the socket itself: one call a read, no memory buffers in between, and with read-ahead
+off it never holds bytes that the reactor cannot see, so readiness and pausing work as for a plain stream.
+"""
+
+import socket
+import ssl
+from typing import Final
+
+from expressgateway.net.reactor import IN, OUT, Reactor
+from expressgateway.net.stream import READ_BYTES, Stream, StreamOwner
+
+_RECORD_BYTES: Final = 16384  # RFC 8446 5.1: the most plaintext in one record
+_RECORDS: Final = 8  # read at once while each is full
+_COALESCE_BYTES: Final = 16384  # small buffers are joined into one record up to this
+
+
+class TlsStream(Stream):
+    """``on_open`` is called after the handshake. A stream that ends without close_notify fails."""
+
+    __slots__ = (
+        "_context",
+        "_is_shaking_hands",
+        "_server_hostname",
+        "_session",
+        "is_certificate_refused",
+        "is_ragged_eof_allowed",
+        "tls",
+    )
+
+    is_tls = True
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        sock: socket.socket,
+        owner: StreamOwner,
+        context: ssl.SSLContext,
+        *,
+        server_hostname: str | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> None:
+        """With ``server_hostname`` or on ``connect`` this is the client side, else the server side."""
+        super().__init__(reactor, sock, owner)
+        self._context = context
+        self._server_hostname = server_hostname
+        self._session = session
+        self._is_shaking_hands = False
+        self.tls: ssl.SSLSocket | None = None
+        self.is_certificate_refused = False
+        self.is_ragged_eof_allowed = False
+        """Layer 4 has no framing of its own to lose: FIN without close_notify is then a plain end."""
+
+    def _opened(self) -> None:
+        is_client = self._server_hostname is not None
+        try:
+            tls = self._context.wrap_socket(
+                self.sock,
+                server_side=not is_client,
+                do_handshake_on_connect=False,
+                suppress_ragged_eofs=False,
+                server_hostname=self._server_hostname,
+                session=self._session,
+            )
+        except (OSError, ValueError) as error:
+            self.fail(f"TLS could not begin: {error}")
+            return
+        self.tls = tls
+        self.sock = tls
+        self._is_shaking_hands = True
+        self._shake_hands()
+
+    def _shake_hands(self) -> None:
+        tls = self.tls
+        if tls is None:
+            return
+        try:
+            tls.do_handshake()
+        except ssl.SSLWantReadError:
+            self._wait_for(IN)
+        except ssl.SSLWantWriteError:
+            self._wait_for(IN | OUT)
+        except ssl.SSLCertVerificationError as error:
+            self.is_certificate_refused = True
+            self.fail(f"TLS certificate not accepted: {error.verify_message}")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+            self.fail(f"TLS handshake failed: {reason}")
+        else:
+            self._is_shaking_hands = False
+            self._watch()
+            self.owner.on_open()
+
+    def _wait_for(self, events: int) -> None:
+        if self._events != events:
+            self._events = events
+            self.reactor.modify(self.fd, events)
+
+    @property
+    def is_shaking_hands(self) -> bool:
+        return self._is_connecting or self._is_shaking_hands
+
+    def on_ready(self, events: int) -> None:
+        if self._is_shaking_hands:
+            self._shake_hands()
+        else:
+            super().on_ready(events)
+
+    def _read(self) -> None:
+        tls = self.tls
+        if tls is None:
+            return
+        chunks: list[bytes] = []
+        failure = ""
+        is_end = False
+        try:
+            while True:
+                data = tls.read(_RECORD_BYTES)
+                if not data:
+                    is_end = True
+                    break
+                chunks.append(data)
+                if len(data) < _RECORD_BYTES or len(chunks) == _RECORDS:
+                    break
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            pass
+        except ssl.SSLZeroReturnError:
+            is_end = True
+        except ssl.SSLEOFError:
+            is_end = self.is_ragged_eof_allowed
+            failure = "" if is_end else "the peer closed the connection without ending TLS"
+        except OSError as error:
+            failure = getattr(error, "reason", None) or error.strerror or str(error)
+        if chunks:
+            data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            self.bytes_in += len(data)
+            self.owner.on_bytes(data)
+            if self.is_closed:
+                return
+        if is_end:
+            self._eof()
+        elif failure:
+            self.fail(failure)
+
+    def _send(self, data: bytes | memoryview) -> int:
+        tls = self.tls
+        if tls is None:
+            return 0
+        size = len(data)
+        sent = 0
+        try:
+            sent = tls.send(data)
+            if sent < size:  # OpenSSL takes a record at a time
+                view = memoryview(data)
+                while sent < size:
+                    sent += tls.send(view[sent:])
+        except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            pass
+        self.bytes_out += sent
+        return sent
+
+    def _send_many(self) -> int:
+        # One record for many small buffers. What was joined stays joined in the backlog, because a write
+        # that OpenSSL could not finish must be repeated with the same bytes.
+        backlog = self._backlog
+        total = 0
+        count = 0
+        for buffer in backlog:
+            if total + len(buffer) > _COALESCE_BYTES:
+                break
+            total += len(buffer)
+            count += 1
+        if count > 1:
+            joined = memoryview(b"".join(backlog.popleft() for _ in range(count)))
+            backlog.appendleft(joined)
+        return self._send(backlog[0])
+
+    def _last_words(self) -> bytes:
+        return self.tls.read(_RECORD_BYTES) if self.tls is not None else b""
+
+    def delivery_mark(self) -> int:
+        return self.acked()
+
+    def _shutdown(self) -> None:
+        """Send close_notify; the other direction stays open (RFC 8446 6.1)."""
+        tls = self.tls
+        if tls is not None and not self._is_shaking_hands:
+            try:
+                tls.unwrap()
+            except (OSError, ValueError):
+                pass  # "want read" is the normal outcome: ours is sent, the peer's has not come
+        if self._is_closing:
+            try:
+                socket.socket.shutdown(self.sock, socket.SHUT_WR)
+            except OSError:
+                pass
+            if self._is_eof or not self.linger_until:
+                self._release()
+
+    def _recv_raw(self) -> bytes:
+        return socket.socket.recv(self.sock, READ_BYTES)  # the ciphertext: nobody wants to know

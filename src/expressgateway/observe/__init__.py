@@ -1,0 +1,1 @@
+"""Counters, logs. Imported by everyone, imports nobody."""

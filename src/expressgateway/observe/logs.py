@@ -1,0 +1,93 @@
+"""Logs: one line an event, a sentence with fields, JSON or text, on standard error.
+
+``LB_LOG_FORMAT`` is ``json`` (default) or ``text``; ``LB_LOG_LEVEL`` a level's name (default ``info``).
+Fields are passed as ``extra={"fields": {...}}``. Events that a peer can cause go through ``Limited``: one
+line per kind and source a minute, and a summary of what was held back.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Final
+
+_WINDOW_S: Final = 60.0
+_MAX_SOURCES: Final = 4096  # sources remembered per window; more share one place
+
+
+class JsonFormatter(logging.Formatter):
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "process": self._process,
+            "message": record.getMessage(),
+        }
+        line.update(getattr(record, "fields", {}))
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - logging's name
+        whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        return f"{whole}.{int(record.msecs):03d}Z"
+
+
+class TextFormatter(JsonFormatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields = "".join(f" {name}={value}" for name, value in getattr(record, "fields", {}).items())
+        begin = f"{self.formatTime(record)} {record.levelname.lower():7} {self._process}:"
+        line = f"{begin} {record.getMessage()}{fields}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+def configure(process: str) -> None:
+    """Set the root logger up from the environment. ``process`` names the writer in every line."""
+    handler = logging.StreamHandler(sys.stderr)
+    form = os.environ.get("LB_LOG_FORMAT", "json")
+    handler.setFormatter(TextFormatter(process) if form == "text" else JsonFormatter(process))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    level = os.environ.get("LB_LOG_LEVEL", "info").upper()
+    known = logging.getLevelNamesMapping()
+    root.setLevel(known.get(level, logging.INFO))
+    logging.raiseExceptions = False  # a closed standard error must not disturb traffic
+    if level not in known:
+        root.warning("LB_LOG_LEVEL is not a level: use debug, info, warning or error; info is used")
+    if form not in ("json", "text"):
+        root.warning("LB_LOG_FORMAT is neither json nor text; json is used")
+
+
+class Limited:
+    """Rate-limited lines for what peers can cause: one per kind and source in a minute, then a summary."""
+
+    __slots__ = ("_clock", "_held", "_log", "_since")
+
+    def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
+        self._log = log
+        self._clock = clock
+        self._since: dict[tuple[str, str], float] = {}
+        self._held: dict[str, int] = {}
+
+    def warning(self, kind: str, source: str, message: str, **fields: object) -> None:
+        now = self._clock()
+        key = (kind, source)
+        since = self._since.get(key)
+        if since is not None and now - since < _WINDOW_S:
+            self._held[kind] = self._held.get(kind, 0) + 1
+            return
+        if len(self._since) >= _MAX_SOURCES:
+            self._since.clear()
+        self._since[key] = now
+        held = self._held.pop(kind, 0)
+        if held:
+            fields["not_logged"] = held
+        self._log.warning(message, extra={"fields": {"kind": kind, "source": source, **fields}})

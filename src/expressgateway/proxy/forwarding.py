@@ -1,0 +1,266 @@
+"""The fields a gateway adds, replaces and removes (RFC 9110 7.6, RFC 7239, W3C Trace Context).
+
+A client repeats its header section on a connection, and the codec then gives the very same tuple again; so
+the part of the answer that does not change from request to request is kept on the ``Peer`` and looked up by
+identity.
+"""
+
+import ipaddress
+import os
+import re
+from collections.abc import Sequence
+from email.utils import formatdate
+from typing import Final
+
+from expressgateway.upstream.backend import Addresses
+from expressgateway.wire.head import Field, Fields, RequestHead, ResponseHead
+
+_TRACEPARENT: Final = re.compile(rb"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+_REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,200}")
+
+_OURS: Final = frozenset(
+    {
+        b"x-forwarded-for",
+        b"x-forwarded-proto",
+        b"x-forwarded-host",
+        b"forwarded",
+        b"via",
+        b"x-request-id",
+        b"traceparent",
+    }
+)
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class TrustedProxies:
+    """The networks whose forwarding fields are believed."""
+
+    __slots__ = ("_networks",)
+
+    def __init__(self, networks: Sequence[str]) -> None:
+        self._networks: tuple[Network, ...] = tuple(ipaddress.ip_network(text) for text in networks)
+
+    def __contains__(self, ip: str) -> bool:
+        if not self._networks:
+            return False
+        try:
+            address = ipaddress.ip_address(ip.partition("%")[0])
+        except ValueError:
+            return False
+        mapped = getattr(address, "ipv4_mapped", None)
+        address = mapped or address
+        return any(address in network for network in self._networks)
+
+
+class Peer:
+    """What exchanges on one client connection have in common. Also the memory of the last forwarding."""
+
+    __slots__ = (
+        "addresses",
+        "ip",
+        "is_trusted",
+        "kept",
+        "kept_by",
+        "kept_request_id",
+        "kept_trace",
+        "node",
+        "scheme",
+        "seen",
+        "seen_authority",
+        "seen_version",
+        "sni",
+    )
+
+    def __init__(
+        self,
+        ip: str,
+        is_trusted: bool,
+        scheme: bytes,
+        sni: str | None = None,
+        addresses: Addresses | None = None,
+    ) -> None:
+        self.ip = ip.encode("ascii")
+        self.node = b'"[%s]"' % self.ip if ":" in ip else self.ip  # RFC 7239 6
+        self.is_trusted = is_trusted
+        self.scheme = scheme
+        self.sni = sni
+        self.addresses = addresses
+        # What ``Forwarding`` made of the last request: by which rules, of what, and the result.
+        self.kept_by: Forwarding | None = None
+        self.seen: Fields | None = None
+        self.seen_authority = b""
+        self.seen_version = b""
+        self.kept: Fields = ()
+        self.kept_request_id = b""
+        self.kept_trace: Field | None = None
+
+
+class Ids:
+    """Request and span ids: unique over all workers and restarts, cheap, not secret."""
+
+    __slots__ = ("_next", "_prefix", "_trace_prefix")
+
+    def __init__(self) -> None:
+        self._prefix = os.urandom(6).hex().encode("ascii")
+        self._trace_prefix = os.urandom(8).hex().encode("ascii")
+        self._next = int.from_bytes(os.urandom(4), "big")
+
+    def make(self) -> int:
+        self._next += 1
+        return self._next
+
+    def request_id(self, number: int) -> bytes:
+        return b"%s-%x" % (self._prefix, number)
+
+    def traceparent(self, number: int) -> bytes:
+        """A new trace, not sampled: whoever samples decides (W3C Trace Context 3.2)."""
+        return b"00-%s%016x-%016x-00" % (self._trace_prefix, number, number)
+
+
+class Forwarding:
+    """One listener's rules for both directions."""
+
+    __slots__ = (
+        "_adds_any",
+        "_alt_svc",
+        "_date",
+        "_date_at",
+        "_forwarded",
+        "_server",
+        "_via",
+        "_x_forwarded",
+        "ids",
+    )
+
+    def __init__(
+        self, *, forwarded: str, via: bool, server_header: str, alt_svc: str | None, ids: Ids
+    ) -> None:
+        """``forwarded``: ``x-forwarded``, ``forwarded``, ``both`` or ``none``."""
+        self._x_forwarded = forwarded in ("x-forwarded", "both")
+        self._forwarded = forwarded in ("forwarded", "both")
+        self._adds_any = forwarded != "none"
+        self._via = b" " + server_header.encode("ascii") if via else b""
+        self._server: Field = (b"server", server_header.encode("ascii"))
+        self._alt_svc: Field | None = (b"alt-svc", alt_svc.encode("ascii")) if alt_svc else None
+        self._date: Field = (b"date", b"")
+        self._date_at = -1
+        self.ids = ids
+
+    # -- towards the backend ---------------------------------------------------------------------------
+
+    def request(self, head: RequestHead, peer: Peer, number: int) -> tuple[Fields, bytes]:
+        """The fields to send, and this request's id."""
+        if (
+            head.headers is not peer.seen
+            or peer.kept_by is not self
+            or head.authority != peer.seen_authority
+            or head.version != peer.seen_version
+        ):
+            self._remember(head, peer)
+        ids = self.ids
+        request_id = peer.kept_request_id or ids.request_id(number)
+        trace = peer.kept_trace or (b"traceparent", ids.traceparent(number))
+        return (*peer.kept, (b"x-request-id", request_id), trace), request_id
+
+    def _remember(self, head: RequestHead, peer: Peer) -> None:
+        base: list[Field] = []
+        chain: list[bytes] = []
+        forwarded: list[bytes] = []
+        via: list[bytes] = []
+        proto = host = b""
+        peer.kept_request_id = b""
+        peer.kept_trace = None
+        for field in head.headers:
+            name = field[0]
+            if name not in _OURS:
+                base.append(field)
+            elif name == b"via":
+                via.append(field[1])
+            elif name == b"traceparent":
+                match = _TRACEPARENT.fullmatch(field[1])
+                if match is not None and match[1].strip(b"0") and match[2].strip(b"0"):
+                    peer.kept_trace = field
+            elif not peer.is_trusted:
+                continue  # who is not trusted has no say in where a request came from
+            elif not self._adds_any and name != b"x-request-id":
+                base.append(field)  # ``none`` leaves a trusted proxy's fields as they are
+            elif name == b"x-forwarded-for":
+                chain.append(field[1])
+            elif name == b"x-forwarded-proto":
+                proto = field[1]
+            elif name == b"x-forwarded-host":
+                host = field[1]
+            elif name == b"forwarded":
+                forwarded.append(field[1])
+            elif name == b"x-request-id" and _REQUEST_ID.fullmatch(field[1]):
+                peer.kept_request_id = field[1]
+        if self._x_forwarded:
+            base.append((b"x-forwarded-for", b", ".join((*chain, peer.ip))))
+            base.append((b"x-forwarded-proto", proto or peer.scheme))
+            if host or head.authority:
+                base.append((b"x-forwarded-host", host or head.authority))
+        if self._forwarded:
+            element = b"for=" + peer.node + b";proto=" + peer.scheme
+            if head.authority:
+                element += b';host="' + head.authority + b'"'
+            base.append((b"forwarded", b", ".join((*forwarded, element))))
+        if self._via:
+            via.append(head.version + self._via)
+        if via:
+            base.append((b"via", b", ".join(via)))
+        peer.kept = tuple(base)
+        peer.kept_by = self
+        peer.seen = head.headers
+        peer.seen_version = head.version
+        peer.seen_authority = head.authority
+
+    # -- towards the client ----------------------------------------------------------------------------
+
+    def response(self, head: ResponseHead, wall_s: int) -> Fields:
+        """The fields to send. ``wall_s``: whole seconds of wall time, for Date (RFC 9110 6.6.1)."""
+        fields: list[Field] = []
+        has_date = has_server = False
+        via = b""
+        alt_svc = self._alt_svc
+        for field in head.headers:
+            name = field[0]
+            if name == b"date":
+                has_date = True
+            elif name == b"server":
+                has_server = True
+            elif name == b"via":
+                via = via + b", " + field[1] if via else field[1]
+                continue
+            elif name == b"alt-svc" and alt_svc is not None:
+                continue
+            fields.append(field)
+        if not has_date:
+            fields.append(self.date(wall_s))
+        if not has_server:
+            fields.append(self._server)
+        if alt_svc is not None:
+            fields.append(alt_svc)
+        if self._via:
+            own = head.version + self._via
+            fields.append((b"via", via + b", " + own if via else own))
+        elif via:
+            fields.append((b"via", via))
+        return tuple(fields)
+
+    def own(self, wall_s: int) -> list[Field]:
+        """What every answer of our own carries."""
+        fields = [self.date(wall_s), self._server]
+        if self._alt_svc is not None:
+            fields.append(self._alt_svc)
+        return fields
+
+    @property
+    def name(self) -> bytes:
+        return self._server[1]
+
+    def date(self, wall_s: int) -> Field:
+        if wall_s != self._date_at:
+            self._date_at = wall_s
+            self._date = (b"date", formatdate(wall_s, usegmt=True).encode("ascii"))
+        return self._date

@@ -1,0 +1,44 @@
+"""Round robin: each in turn, in the order of the configuration. With weights, the smooth weighted kind."""
+
+from collections.abc import Iterator, Sequence
+
+from expressgateway.upstream.backend import Backend
+from expressgateway.upstream.selection.weighted_round_robin import WeightedRoundRobin
+
+
+class RoundRobin:
+    __slots__ = ("_backends", "_next", "_weighted")
+
+    def __init__(self, backends: Sequence[Backend], last: str | None = None) -> None:
+        """``last``: the id of the backend that had the last turn, so that a change of the set goes on."""
+        self._backends = [backend for backend in backends if backend.weight > 0]
+        self._weighted = (
+            WeightedRoundRobin(self._backends) if len({b.weight for b in self._backends}) > 1 else None
+        )
+        ids = [backend.id for backend in self._backends]
+        self._next = (ids.index(last) + 1) % len(ids) if last in ids else 0
+
+    def pick(self, key: bytes | None) -> Backend | None:
+        if self._weighted is not None:
+            return self._weighted.pick(key)
+        backends = self._backends
+        if not backends:
+            return None
+        at = self._next
+        self._next = at + 1 if at + 1 < len(backends) else 0
+        return backends[at]
+
+    def others(self, picked: Backend) -> Iterator[Backend]:
+        backends = self._backends
+        start = backends.index(picked) + 1 if picked in backends else 0
+        for offset in range(len(backends)):
+            backend = backends[(start + offset) % len(backends)]
+            if backend is not picked:
+                yield backend
+
+    def rebuilt(self, backends: Sequence[Backend]) -> "RoundRobin":
+        last = self._backends[self._next - 1].id if self._backends else None
+        new = RoundRobin(backends, last)
+        if new._weighted is not None and self._weighted is not None:
+            new._weighted = self._weighted.rebuilt(new._backends)
+        return new
