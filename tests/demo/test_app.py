@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -51,8 +52,14 @@ def free_ports() -> Ports:
     return Ports(0, 0, 0, 0, 0, 0).with_free_ones()[0]
 
 
-def left_behind() -> set[str]:
-    return {name for name in os.listdir("/tmp") if name.startswith("expressgateway-demo-")}
+@pytest.fixture(autouse=True)
+def _own_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
+def left_behind() -> list[str]:
+    return [name for name in os.listdir(tempfile.gettempdir()) if name.startswith("expressgateway-demo-")]
 
 
 def test_the_configuration_is_one_the_gateway_takes(tmp_path: Path) -> None:
@@ -86,7 +93,6 @@ def test_the_configuration_is_one_the_gateway_takes(tmp_path: Path) -> None:
 class TestDemo:
     def test_starts_waits_and_cleans_up(self) -> None:
         async def main() -> None:
-            before = left_behind()
             async with Demo(free_ports(), stand_in()) as demo:
                 assert demo.config_path.exists()
                 assert demo.files.key.exists()
@@ -95,7 +101,7 @@ class TestDemo:
                 directory = demo.directory
             assert await demo.wait() == 7
             assert not directory.exists()
-            assert left_behind() <= before
+            assert left_behind() == []
 
         asyncio.run(main())
 
@@ -146,10 +152,9 @@ class TestRunDemo:
         ("number", "code"), [(signal.SIGTERM, 7), (signal.SIGINT, 8), (signal.SIGHUP, 7)]
     )
     def test_passes_signal_and_exit_code_on(self, number: int, code: int) -> None:
-        before = left_behind()
         out = Signalling("ExpressGateway is running", number)
         assert run_demo(free_ports().http, out, stand_in()) == code
-        assert left_behind() <= before
+        assert left_behind() == []
         for part in ("\n# Ask over HTTP", "\ncurl -i http://127.0.0.1:", "kill -HUP ", "Ctrl-C ends it.\n"):
             assert part in out.getvalue()
 
@@ -167,7 +172,6 @@ class TestRunDemo:
         assert out.getvalue().endswith("The gateway ended before it was ready.\n")
 
     def test_a_signal_while_it_starts(self, tmp_path: Path) -> None:
-        before = left_behind()
         started = tmp_path / "started"
         code = f"""
             import pathlib, time
@@ -182,7 +186,7 @@ class TestRunDemo:
             wait_for(started.exists, process)
             process.send_signal(signal.SIGINT)
             assert process.wait(30) == 0
-        assert left_behind() <= before
+        assert left_behind() == []
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:

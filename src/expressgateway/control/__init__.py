@@ -1,1 +1,1 @@
-"""The supervisor process: listening sockets, workers, reload, drain, admin listener. It sees no client's bytes."""
+"""The supervisor process: listening sockets, workers, reload, drain, admin listener. No client's bytes."""

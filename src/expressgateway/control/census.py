@@ -1,11 +1,11 @@
 """The census: how many connections all workers together have open, in all and from each client address.
 
-Caps hold for the whole process tree, and workers share no locks, so each worker writes only its own *row* of a
-memory file and reads everybody's. A row holds the worker's total and a *sketch*: two hash tables of counters,
-in which an address adds one to one cell of each. What a worker knows itself is exact; what it knows of the
-others is the smaller of the two sums of their cells: never too low, and too high only where both cells are
-shared with other busy addresses. The hash is keyed with random bytes of the supervisor, so nobody outside can
-choose addresses that meet in a cell.
+Caps hold for the whole process tree, and workers share no locks, so each worker writes only its own *row* of
+a memory file and reads everybody's. A row holds the worker's total and a *sketch*: two hash tables of
+counters, in which an address adds one to one cell of each. What a worker knows itself is exact; what it knows
+of the others is the smaller of the two sums of their cells: never too low, and too high only where both cells
+are shared with other busy addresses. The hash is keyed with random bytes of the supervisor, so nobody outside
+can choose addresses that meet in a cell.
 
 Two workers may count the last free place at the same moment: caps are exceeded by at most one connection for
 each further worker. An IPv6 client is counted by its /64, the least that one customer gets.
@@ -109,9 +109,7 @@ class Census:
         self._per_ip = 2_000_000
         self._exempt: Callable[[str], bool] | None = None
 
-    def set_limits(
-        self, max_inflight: int, per_ip: int, exempt: Callable[[str], bool] | None = None
-    ) -> None:
+    def set_limits(self, max_inflight: int, per_ip: int, exempt: Callable[[str], bool] | None = None) -> None:
         """The caps from now on; connections that are already in stay. `exempt`: addresses without a cap of
         their own. It is asked only when one would be refused."""
         self._max_inflight = max_inflight
@@ -124,7 +122,7 @@ class Census:
         return self._total
 
     def enter(self, ip: str) -> str | None:
-        """Count a connection in. ``process_cap`` or ``ip_cap`` if there is no room: then it is not counted."""
+        """Count a connection in; ``process_cap`` or ``ip_cap`` if there is no room, and it is not counted."""
         inflight = self._total if self._is_alone else sum(self._totals)
         if inflight >= self._max_inflight:
             return "process_cap"

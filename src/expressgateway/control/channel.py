@@ -24,7 +24,7 @@ import json
 import logging
 import socket
 from collections import deque
-from typing import Any, Final
+from typing import Any, Final, cast
 
 log = logging.getLogger(__name__)
 
@@ -188,8 +188,8 @@ class Channel(asyncio.Protocol):
     # -- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if isinstance(transport, asyncio.Transport):  # always: a stream socket
-            self._transport = transport
+        # uvloop's transports are not subclasses of asyncio's, so there is no checking this at run time
+        self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         if self._has_ended:

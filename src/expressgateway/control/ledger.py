@@ -8,7 +8,7 @@ worker counted after its last report is lost with it: reports are taken every se
 from collections.abc import Iterable
 from typing import Any, Final
 
-from expressgateway.observe.counters import BUCKETS_S, FAMILIES, Family, Sample, merge
+from expressgateway.observe.counters import BUCKETS_S, FAMILIES, Sample, merge
 
 MAX_RETIRED_SERIES: Final = 100_000
 """Series of dead workers that are kept; reloads that rename backends would else add to them for ever."""
@@ -20,12 +20,10 @@ _HISTOGRAM_LENGTH: Final = len(BUCKETS_S) + 2  # a count for each bucket and one
 
 def checked(samples: Any) -> list[Sample]:  # noqa: ANN401 - what JSON gave
     """Samples as a worker sent them, without those that no family describes. Never raises."""
-    found: list[Sample] = []
-    if isinstance(samples, list):
-        for row in samples:
-            if isinstance(row, list) and len(row) == 3 and _is_sample(*row):
-                found.append((row[0], tuple(row[1]), row[2]))
-    return found
+    if not isinstance(samples, list):
+        return []
+    rows = (row for row in samples if isinstance(row, list) and len(row) == 3 and _is_sample(*row))
+    return [(name, tuple(labels), value) for name, labels, value in rows]
 
 
 def _is_sample(name: Any, labels: Any, value: Any) -> bool:  # noqa: ANN401 - as above
@@ -73,14 +71,3 @@ class Ledger:
 
 def _rows(merged: Merged) -> Iterable[Sample]:
     return ((name, labels, value) for name, series in merged.items() for labels, value in series.items())
-
-
-SUPERVISOR_FAMILIES: Final[dict[str, Family]] = {
-    "shutdown_drain_seconds": Family(
-        "gauge", "How long a phase of the drain has taken, or takes so far.", ("phase",)
-    ),
-    "shutdown_aborted_connections": Family(
-        "counter", "Connections still open at the end of the drain.", ("listener",)
-    ),
-}
-"""Families that only the supervisor has, besides `FAMILIES`."""

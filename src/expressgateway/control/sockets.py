@@ -4,8 +4,8 @@ A *member* is one socket of an SO_REUSEPORT group. Each listener has one member 
 kernel spreads new connections (or flows) over them. The supervisor keeps every member open, so a connection
 that arrives while a worker is being replaced waits in that member's queue and is never refused.
 
-Bind addresses (docs/decisions/0013): an IPv6 address is IPv6 only, so ``[::]`` and ``0.0.0.0`` may stand side by
-side; a host name is resolved once, and its first IPv4 address is taken, else its first IPv6 one.
+Bind addresses (docs/decisions/0013): an IPv6 address is IPv6 only, so ``[::]`` and ``0.0.0.0`` may stand side
+by side; a host name is resolved once, and its first IPv4 address is taken, else its first IPv6 one.
 
 This module knows nothing of what is spoken on the sockets.
 """
@@ -164,13 +164,15 @@ def _cause(address: Address, error: OSError, transport: str) -> str:
     match error.errno:
         case errno.EADDRINUSE:
             return (
-                f"{address} is already in use by another process, or by a listener that covers it; stop that "
-                f"one or choose another port (ss -lnp --{transport} 'sport = :{address.port}' shows who has it)"
+                f"{address} is already in use by another process, or by a listener that covers it; stop "
+                f"that one or choose another port (ss -lnp --{transport} 'sport = :{address.port}' "
+                "shows who has it)"
             )
         case errno.EACCES | errno.EPERM:
             return (
-                f"permission denied for {address}; ports below {_first_free_port()} need root or the capability "
-                "CAP_NET_BIND_SERVICE: start as root with runtime.user set, or choose a higher port"
+                f"permission denied for {address}; ports below {_first_free_port()} need root or the "
+                "capability CAP_NET_BIND_SERVICE: start as root with runtime.user set, or choose a higher "
+                "port"
             )
         case errno.EADDRNOTAVAIL:
             return f"no interface of this machine has the address of {address}; `ip address` lists them"

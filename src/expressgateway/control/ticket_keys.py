@@ -49,21 +49,25 @@ class TicketKeys:
         return planned
 
     def adopt(self, planned: dict[str, TicketKeySchedule]) -> None:
+        """From now on. Every worker is to be given `messages` after this."""
         self._schedules = planned
-        self._sent = {name: keys for name, keys in self._sent.items() if name in planned}
+        now = self._clock()
+        self._sent = {name: schedule.keys_at(now) for name, schedule in planned.items()}
 
     def messages(self) -> list[Message]:
         """The ``tickets`` messages a worker needs to begin with: every listener's keys."""
         return [self._message(name) for name in self._schedules]
 
     def changed(self) -> list[Message]:
-        """The same for listeners whose keys changed since `messages` or `changed` last gave them."""
+        """The same for listeners whose keys changed since `adopt` or the last call: for every worker."""
         now = self._clock()
-        return [
-            self._message(name)
-            for name, schedule in self._schedules.items()
-            if self._sent.get(name) is not schedule.keys_at(now)
-        ]
+        found: list[Message] = []
+        for name, schedule in self._schedules.items():
+            keys = schedule.keys_at(now)
+            if self._sent[name] is not keys:
+                self._sent[name] = keys
+                found.append(self._message(name))
+        return found
 
     def next_change_s(self) -> float:
         """Seconds until keys change; infinite without TLS listeners."""
@@ -75,5 +79,4 @@ class TicketKeys:
 
     def _message(self, name: str) -> Message:
         keys = self._schedules[name].keys_at(self._clock())
-        self._sent[name] = keys
         return {"type": "tickets", "listener": name, "keys": pack_bytes(pack_keys(keys))}

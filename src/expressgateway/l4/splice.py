@@ -58,7 +58,7 @@ class Splice:
         except OSError:
             pass  # the user's pipe budget is used up: a smaller pipe does, too
         splice = cls(source, target, read, write, on_moved)
-        source.takeover = splice
+        source.take_over(splice)
         target.drain_first = splice
         return splice
 
@@ -112,7 +112,7 @@ class Splice:
 
     def _leave(self) -> None:
         """Back to plain reads; the pipe is kept for no one."""
-        self._source.takeover = None
+        self._source.take_over(None)
         self._target.drain_first = None
         self.close()
 

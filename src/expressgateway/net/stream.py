@@ -13,6 +13,7 @@ with RST, so that nothing sent before can be taken for complete.
 
 import errno
 import os
+import select
 import socket
 import struct
 from collections import deque
@@ -29,6 +30,7 @@ LINGER_S: Final = 2.0
 _JOIN_BYTES: Final = 32768  # below this, copying buffers together is cheaper than sendmsg
 _MAX_BUFFERS: Final = 512  # of one sendmsg: under IOV_MAX
 
+_EPOLLIN: Final = select.EPOLLIN
 _PARKED: Final = -1  # the descriptor is not in the reactor: see _hung_up
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close() sends RST
 _TCP_INFO_BYTES_ACKED: Final = 120  # offset of tcpi_bytes_acked in struct tcp_info, Linux 4.1 and later
@@ -74,6 +76,7 @@ class Stream:
         "_is_connecting",
         "_is_ending",
         "_is_eof",
+        "_is_flowing",
         "_is_paused",
         "_read_bytes",
         "_wants_writable",
@@ -112,6 +115,7 @@ class Stream:
         self._events = 0
         self._read_bytes = READ_BYTES
         self._is_paused = False
+        self._is_flowing = False  # nothing but reading is called for: see _watch
         self.takeover: Takeover | None = None  # moves what arrives
         self.drain_first: Takeover | None = None  # moves what leaves, before anything of the backlog
         self._wants_writable = False
@@ -127,6 +131,7 @@ class Stream:
         """Begin on a connected socket. ``on_open`` follows, at once unless there is a handshake."""
         self._events = IN
         self.reactor.add(self.fd, IN, self.on_ready)
+        self._watch()
         self._opened()
 
     def connect(self, address: tuple[str, int] | tuple[str, int, int, int]) -> None:
@@ -168,6 +173,9 @@ class Stream:
 
     def on_ready(self, events: int) -> None:
         """The reactor's call. Flags are hints only; see ``reactor``."""
+        if events == _EPOLLIN and self._is_flowing:
+            self._read()  # fast path
+            return
         if self._is_connecting:
             self._connected()
             return
@@ -232,12 +240,21 @@ class Stream:
             return
         is_expected = self._is_closing
         self._is_closing = True
+        self._is_flowing = False
         if not is_expected:
             self.owner.on_closed(error)  # may still ask ``was_delivered``
         self._release()
 
     def _watch(self) -> None:
         """Tell the reactor what this stream waits for now."""
+        self._is_flowing = not (
+            self.is_closed
+            or self._is_paused
+            or self._is_eof
+            or self._is_closing
+            or self._is_connecting
+            or self.takeover is not None
+        )
         if self.is_closed:
             return
         events = 0 if self._is_paused or self._is_eof else IN
@@ -251,6 +268,11 @@ class Stream:
             else:
                 self.reactor.modify(self.fd, events)
             self._events = events
+
+    def take_over(self, mover: Takeover | None) -> None:
+        """Let another move what arrives, or read again."""
+        self.takeover = mover
+        self._watch()
 
     def want_writable(self, wanted: bool) -> None:
         """For ``drain_first``: be told when the peer takes more."""
@@ -431,6 +453,7 @@ class Stream:
         if self.is_closed or self._is_closing:
             return
         self._is_closing = True
+        self._is_flowing = False
         if self._is_connecting:
             self._release()
             return

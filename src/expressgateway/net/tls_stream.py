@@ -102,7 +102,7 @@ class TlsStream(Stream):
         return self._is_connecting or self._is_shaking_hands
 
     def on_ready(self, events: int) -> None:
-        if self._is_shaking_hands:
+        if self._is_shaking_hands and not self._is_closing:
             self._shake_hands()
         else:
             super().on_ready(events)

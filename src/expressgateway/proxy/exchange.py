@@ -129,8 +129,7 @@ class Exchange:
             self._request_end = True
             self._uploaded_at = self._started
         reason = service.judge(head, self.peer)
-        number = service.forwarding.ids.make()
-        head.headers, self.request_id = service.forwarding.request(head, self.peer, number)
+        self.request_id = service.forwarding.request(head, self.peer)
         if reason is not None:
             self._answer(reason)
         else:
@@ -293,7 +292,7 @@ class Exchange:
             self._held = None
             self.service.counters.websockets += 1
             self.service.counters.websockets_open += 1
-            head.headers = self.service.forwarding.response(head, self.service.wall_s())
+            self.service.forwarding.response(head, self.service.wall_s())
         self.front.send_informational(head)
 
     def on_response(self, head: ResponseHead, end: bool) -> None:
@@ -304,7 +303,7 @@ class Exchange:
         self._held = None
         self._progress_at = service.clock.now
         self._status = head.status
-        head.headers = service.forwarding.response(head, service.wall_s())
+        service.forwarding.response(head, service.wall_s())
         self.front.send_head(head, end)
         if end:
             self._response_done()

@@ -13,7 +13,15 @@ from email.utils import formatdate
 from typing import Final
 
 from expressgateway.upstream.backend import Addresses
-from expressgateway.wire.head import Field, Fields, RequestHead, ResponseHead
+from expressgateway.wire.head import (
+    NO_FIELDS,
+    NO_SHARED,
+    Field,
+    Fields,
+    RequestHead,
+    ResponseHead,
+    SharedFields,
+)
 
 _TRACEPARENT: Final = re.compile(rb"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,200}")
@@ -29,6 +37,8 @@ _OURS: Final = frozenset(
         b"traceparent",
     }
 )
+
+_KEPT_RESPONSES: Final = 128  # header sections of responses and what was made of them
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -91,7 +101,7 @@ class Peer:
         self.seen: Fields | None = None
         self.seen_authority = b""
         self.seen_version = b""
-        self.kept: Fields = ()
+        self.kept = NO_SHARED
         self.kept_request_id = b""
         self.kept_trace: Field | None = None
 
@@ -102,20 +112,21 @@ class Ids:
     __slots__ = ("_next", "_prefix", "_trace_prefix")
 
     def __init__(self) -> None:
-        self._prefix = os.urandom(6).hex().encode("ascii")
-        self._trace_prefix = os.urandom(8).hex().encode("ascii")
+        self._prefix = os.urandom(6).hex().encode("ascii") + b"-"
+        self._trace_prefix = b"00-" + os.urandom(8).hex().encode("ascii")
         self._next = int.from_bytes(os.urandom(4), "big")
 
-    def make(self) -> int:
+    def make(self) -> bytes:
+        """The next number, in 16 hexadecimal digits."""
         self._next += 1
-        return self._next
+        return b"%016x" % self._next
 
-    def request_id(self, number: int) -> bytes:
-        return b"%s-%x" % (self._prefix, number)
+    def request_id(self, number: bytes) -> bytes:
+        return self._prefix + number
 
-    def traceparent(self, number: int) -> bytes:
+    def traceparent(self, number: bytes) -> bytes:
         """A new trace, not sampled: whoever samples decides (W3C Trace Context 3.2)."""
-        return b"00-%s%016x-%016x-00" % (self._trace_prefix, number, number)
+        return self._trace_prefix + number + b"-" + number + b"-00"
 
 
 class Forwarding:
@@ -127,6 +138,7 @@ class Forwarding:
         "_date",
         "_date_at",
         "_forwarded",
+        "_kept",
         "_server",
         "_via",
         "_x_forwarded",
@@ -143,14 +155,15 @@ class Forwarding:
         self._via = b" " + server_header.encode("ascii") if via else b""
         self._server: Field = (b"server", server_header.encode("ascii"))
         self._alt_svc: Field | None = (b"alt-svc", alt_svc.encode("ascii")) if alt_svc else None
+        self._kept: dict[int, tuple[Fields, bytes, int, SharedFields]] = {}
         self._date: Field = (b"date", b"")
         self._date_at = -1
         self.ids = ids
 
     # -- towards the backend ---------------------------------------------------------------------------
 
-    def request(self, head: RequestHead, peer: Peer, number: int) -> tuple[Fields, bytes]:
-        """The fields to send, and this request's id."""
+    def request(self, head: RequestHead, peer: Peer) -> bytes:
+        """Give the head the fields to send; returns this request's id."""
         if (
             head.headers is not peer.seen
             or peer.kept_by is not self
@@ -159,9 +172,14 @@ class Forwarding:
         ):
             self._remember(head, peer)
         ids = self.ids
+        number = ids.make()
         request_id = peer.kept_request_id or ids.request_id(number)
-        trace = peer.kept_trace or (b"traceparent", ids.traceparent(number))
-        return (*peer.kept, (b"x-request-id", request_id), trace), request_id
+        head.shared = peer.kept
+        head.headers = (
+            (b"x-request-id", request_id),
+            peer.kept_trace or (b"traceparent", ids.traceparent(number)),
+        )
+        return request_id
 
     def _remember(self, head: RequestHead, peer: Peer) -> None:
         base: list[Field] = []
@@ -209,7 +227,7 @@ class Forwarding:
             via.append(head.version + self._via)
         if via:
             base.append((b"via", b", ".join(via)))
-        peer.kept = tuple(base)
+        peer.kept = SharedFields(tuple(base))
         peer.kept_by = self
         peer.seen = head.headers
         peer.seen_version = head.version
@@ -217,10 +235,24 @@ class Forwarding:
 
     # -- towards the client ----------------------------------------------------------------------------
 
-    def response(self, head: ResponseHead, wall_s: int) -> Fields:
-        """The fields to send. ``wall_s``: whole seconds of wall time, for Date (RFC 9110 6.6.1)."""
+    def response(self, head: ResponseHead, wall_s: int) -> None:
+        """Give the head the fields to send.
+
+        ``wall_s``: whole seconds of wall time, for the Date of a backend that sent none (RFC 9110 6.6.1).
+        """
+        # fast path: backends repeat themselves, too, and the codec gives the same tuple for the same fields
+        kept = self._kept.get(id(head.headers))
+        if (
+            kept is not None
+            and kept[0] is head.headers
+            and kept[1] == head.version
+            and (not kept[2] or kept[2] == wall_s)
+        ):
+            head.shared = kept[3]
+            head.headers = NO_FIELDS
+            return
         fields: list[Field] = []
-        has_date = has_server = False
+        has_date = has_server = is_secret = False
         via = b""
         alt_svc = self._alt_svc
         for field in head.headers:
@@ -232,6 +264,8 @@ class Forwarding:
             elif name == b"via":
                 via = via + b", " + field[1] if via else field[1]
                 continue
+            elif name == b"set-cookie":
+                is_secret = True
             elif name == b"alt-svc" and alt_svc is not None:
                 continue
             fields.append(field)
@@ -246,7 +280,14 @@ class Forwarding:
             fields.append((b"via", via + b", " + own if via else own))
         elif via:
             fields.append((b"via", via))
-        return tuple(fields)
+        shared = SharedFields(tuple(fields))
+        if len(self._kept) >= _KEPT_RESPONSES:
+            self._kept.clear()
+        if not is_secret:
+            # The tuple is kept with its id, so that no other can come to have it.
+            self._kept[id(head.headers)] = (head.headers, head.version, 0 if has_date else wall_s, shared)
+        head.shared = shared
+        head.headers = NO_FIELDS
 
     def own(self, wall_s: int) -> list[Field]:
         """What every answer of our own carries."""

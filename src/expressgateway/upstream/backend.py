@@ -82,7 +82,7 @@ class Backend:
         "connections",
         "id",
         "in_flight",
-        "is_disabled",
+        "is_available",
         "leases",
         "responses",
         "reused",
@@ -98,7 +98,8 @@ class Backend:
         """Stable: the same after every reload and re-resolution. Never an index."""
         self.weight = settings.weight
         self.connections: Connections | None = None
-        self.is_disabled = False
+        self.is_available = True
+        """Whether new work may go there."""
         # Counters
         self.in_flight = 0
         """Exchanges, or relayed connections, under way."""
@@ -109,11 +110,6 @@ class Backend:
         """Connections dropped because the backend sent what nobody had asked for."""
         self.responses = [0] * 6
         """By status class; index 0 counts exchanges that failed without a response."""
-
-    @property
-    def is_available(self) -> bool:
-        """Whether new work may go there."""
-        return not self.is_disabled
 
     def __repr__(self) -> str:
         return f"<Backend {self.id} weight={self.weight} in_flight={self.in_flight}>"

@@ -14,6 +14,23 @@ NO_FIELDS: Final[Fields] = ()
 WEBSOCKET: Final = b"websocket"
 
 
+class SharedFields:
+    """Fields that many messages have in common. Never changed; codecs keep what they made of it here.
+
+    A message is sent with its shared fields first, then with ``headers``. What is received has none.
+    """
+
+    __slots__ = ("fields", "h1")
+
+    def __init__(self, fields: Fields) -> None:
+        self.fields = fields
+        self.h1 = b""
+        """As HTTP/1 lines, or empty while nobody asked."""
+
+
+NO_SHARED: Final = SharedFields(NO_FIELDS)
+
+
 class RequestHead:
     """One request's head (RFC 9110 6.2).
 
@@ -32,6 +49,7 @@ class RequestHead:
         "path",
         "protocol",
         "scheme",
+        "shared",
         "version",
     )
 
@@ -58,6 +76,7 @@ class RequestHead:
         self.version = version
         self.accepts_trailers = accepts_trailers
         self.expects_continue = expects_continue
+        self.shared = NO_SHARED
 
     def __repr__(self) -> str:
         return f"<RequestHead {self.method!r} {self.authority!r} {self.path!r} {len(self.headers)} fields>"
@@ -69,7 +88,7 @@ class ResponseHead:
     ``content_length`` may be set although no body follows: the answer to HEAD, and 304.
     """
 
-    __slots__ = ("content_length", "headers", "status", "version")
+    __slots__ = ("content_length", "headers", "shared", "status", "version")
 
     def __init__(
         self, status: int, headers: Fields, content_length: int | None = None, version: bytes = b"1.1"
@@ -78,6 +97,7 @@ class ResponseHead:
         self.headers = headers
         self.content_length = content_length
         self.version = version
+        self.shared = NO_SHARED
 
     def __repr__(self) -> str:
         return f"<ResponseHead {self.status} {len(self.headers)} fields>"

@@ -17,7 +17,7 @@ from expressgateway.wire.errors import (
     WireError,
 )
 from expressgateway.wire.h1.body import BodyReader, ChunkReader, CloseReader, LengthReader
-from expressgateway.wire.h1.fields import FieldReader, Section
+from expressgateway.wire.h1.fields import FieldReader, Section, lines_of
 from expressgateway.wire.h1.start import read_status_line
 from expressgateway.wire.head import WEBSOCKET, Fields, RequestHead, ResponseHead
 from expressgateway.wire.sinks import ResponseSink
@@ -81,14 +81,12 @@ class H1Client:
     """One backend connection's codec, and the client stream of its current exchange."""
 
     __slots__ = (
-        "_block",
         "_body",
         "_held",
         "_informational",
         "_is_head",
         "_left",
         "_searched",
-        "_section",
         "_sink",
         "_wants_upgrade",
         "fields",
@@ -110,8 +108,6 @@ class H1Client:
         self.out: list[bytes] = []  # bounded by the exchange: it stops its client at the high mark
         self.is_reused = False
         self.keep_alive_hint = b""  # the last Keep-Alive value the backend sent
-        self._block: bytes | None = None  # as in the server role: the last header section, and as read
-        self._section: Section | None = None
         # Exchange
         self.reading = IDLE
         self.writing = Writing.IDLE
@@ -138,7 +134,16 @@ class H1Client:
         method = head.method
         self._is_head = method == b"HEAD"
         length = head.content_length
-        lines = [method, b" ", head.path, b" HTTP/1.1\r\nhost: ", head.authority, b"\r\n"]
+        shared = head.shared
+        lines = [
+            method,
+            b" ",
+            head.path,
+            b" HTTP/1.1\r\nhost: ",
+            head.authority,
+            b"\r\n",
+            shared.h1 or lines_of(shared),
+        ]
         for name, value in head.headers:
             lines.append(name + b": " + value + b"\r\n")
         self._wants_upgrade = head.protocol is not None
@@ -290,24 +295,20 @@ class H1Client:
         if line_end < 0:
             line_end = end
         status, version = read_status_line(data[:line_end])
-        self._on_head(status, version, data[line_end + 2 : end])
-        return data[end + 4 :]
+        return self._on_head(status, version, data, line_end + 2, end)
 
-    def _on_head(self, status: int, version: bytes, block: bytes) -> None:
-        section = self._section
-        # fast path: the same header section as last time on this connection
-        if section is None or block != self._block:
-            section = self.fields.read(block)
-            self._section = section
-            self._block = block
+    def _on_head(self, status: int, version: bytes, data: bytes, start: int, end: int) -> bytes:
+        """Take the head whose fields stand in ``data[start:end]``; give what follows it."""
+        section = self.fields.read(data[start:end])
+        at = end + 4
         head = ResponseHead(status, section.headers, section.content_length, version)
         sink = self._sink
         if sink is None:  # given up inside this very read
             self.reading = BROKEN
-            return
+            return b""
         if status < 200:
             self._on_informational(head, section, sink)
-            return
+            return data[at:]
         if section.keep_alive_hint:
             self.keep_alive_hint = section.keep_alive_hint
         if section.close or (version == b"1.0" and not section.keep_alive):
@@ -318,7 +319,13 @@ class H1Client:
             self._end_reading()
             sink.on_response(head, True)
             self._after_response()
-            return
+            return data[at:]
+        if section.content_length is not None and len(data) - at == section.content_length:
+            # fast path: the whole body came with the head
+            self.reading = BODY
+            sink.on_response(head, False)
+            self._on_data(data[at:], True)
+            return b""
         if section.chunked:
             self._body = ChunkReader(self._on_data, self._on_trailers, self.fields)
         elif section.content_length is not None:
@@ -327,6 +334,7 @@ class H1Client:
             self._body = CloseReader(self._on_data)
         self.reading = BODY
         sink.on_response(head, False)
+        return data[at:]
 
     def _on_informational(self, head: ResponseHead, section: Section, sink: ResponseSink) -> None:
         self._informational += 1

@@ -20,7 +20,7 @@ from expressgateway.wire.errors import (
     MalformedError,
     TrailerError,
 )
-from expressgateway.wire.head import NO_FIELDS, Field, Fields
+from expressgateway.wire.head import NO_FIELDS, Field, Fields, SharedFields
 
 # field-name = token; field-value without leading and trailing blanks: RFC 9110 5.1, 5.5, 5.6.2. Control
 # characters other than HTAB are refused, obs-text is kept as it is.
@@ -90,8 +90,17 @@ _SECRET: Final = frozenset({b"authorization", b"cookie", b"set-cookie", b"proxy-
 
 _CACHED_LINES: Final = 2048  # at most; the cache starts afresh when full
 _CACHED_LINE_BYTES: Final = 192  # longer lines are not kept
+_CACHED_SECTIONS: Final = 256  # whole sections, likewise
+_CACHED_SECTION_BYTES: Final = 1024
 
 Entry = tuple[Field, Kind]
+
+
+def lines_of(shared: SharedFields) -> bytes:
+    """Shared fields as header lines, made once."""
+    if not shared.h1 and shared.fields:
+        shared.h1 = b"".join([name + b": " + value + b"\r\n" for name, value in shared.fields])
+    return shared.h1
 
 
 class Section:
@@ -99,6 +108,7 @@ class Section:
 
     __slots__ = (
         "accepts_trailers",
+        "authority",
         "chunked",
         "close",
         "content_length",
@@ -116,6 +126,8 @@ class Section:
         self.content_length: int | None = None
         self.chunked = False
         self.hosts: tuple[bytes, ...] = ()
+        self.authority: bytes | None = None
+        """The one Host, checked and in lower case, once somebody did that."""
         self.close = False
         """Connection: close"""
         self.keep_alive = False
@@ -133,11 +145,12 @@ class Section:
 class FieldReader:
     """Reads header sections under one set of limits. One per listener and side, shared by its connections."""
 
-    __slots__ = ("_lines", "max_count", "strict_te", "underscore")
+    __slots__ = ("_lines", "_sections", "max_count", "strict_te", "underscore")
 
     def __init__(self, max_count: int, strict_te: bool = False, underscore: str = "reject") -> None:
         """``underscore``: ``reject``, ``drop`` or ``allow`` names that contain ``_``."""
         self._lines: dict[bytes, Entry] = {}
+        self._sections: dict[bytes, Section] = {}
         self.max_count = max_count
         self.strict_te = strict_te
         self.underscore = underscore
@@ -178,6 +191,10 @@ class FieldReader:
 
         Raises ``MalformedError``, ``FramingError`` or ``HeadTooLargeError``.
         """
+        # fast path: another message, on whatever connection, had the same section
+        section = self._sections.get(block)
+        if section is not None:
+            return section
         section = Section()
         if not block:
             return section
@@ -203,6 +220,10 @@ class FieldReader:
             # RFC 9110 7.6.1: what Connection names belongs to this hop.
             headers = [field for field in headers if field[0] not in named]
         section.headers = tuple(headers)
+        if len(block) <= _CACHED_SECTION_BYTES and not any(name in _SECRET for name, _ in headers):
+            if len(self._sections) >= _CACHED_SECTIONS:
+                self._sections.clear()
+            self._sections[block] = section
         return section
 
     @staticmethod

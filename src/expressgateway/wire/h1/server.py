@@ -22,7 +22,7 @@ from expressgateway.wire.errors import (
     WireError,
 )
 from expressgateway.wire.h1.body import BodyReader, ChunkReader, LengthReader
-from expressgateway.wire.h1.fields import FieldReader, Section, check_authority
+from expressgateway.wire.h1.fields import FieldReader, Section, check_authority, lines_of
 from expressgateway.wire.h1.start import read_request_line, status_line
 from expressgateway.wire.head import WEBSOCKET, Fields, RequestHead, ResponseHead
 from expressgateway.wire.sinks import RequestSink, ServerStream
@@ -297,6 +297,9 @@ class H1Server:
 
     @staticmethod
     def _authority(section: Section, version: bytes, target_authority: bytes | None) -> bytes:
+        authority = section.authority
+        if authority is not None and target_authority is None:
+            return authority  # fast path: judged before
         hosts = section.hosts
         if len(hosts) > 1:
             raise AuthorityError("Host more than once")
@@ -305,6 +308,7 @@ class H1Server:
                 raise AuthorityError("an HTTP/1.1 request without Host")
             return target_authority or b""
         authority = check_authority(hosts[0])
+        section.authority = authority
         if target_authority is not None and target_authority != authority:
             raise AuthorityError("Host and the request target disagree")
         return authority
@@ -379,7 +383,7 @@ class H1Server:
         """1xx, and 101 which turns the connection into a tunnel."""
         if self.version == b"1.0" or self.writing is not IDLE:
             return  # RFC 9110 15.2: none to an HTTP/1.0 client
-        lines = [status_line(head.status)]
+        lines = [status_line(head.status), lines_of(head.shared)]
         if head.status == 101:
             lines.append(b"connection: upgrade\r\nupgrade: websocket\r\n")
             self.reading = TUNNEL if self.reading is not DISCARD else DISCARD
@@ -396,7 +400,7 @@ class H1Server:
         length = head.content_length
         if self.reading is BODY and self._body is None:
             self.reading = READ_DONE  # the backend declined the upgrade: this is plain HTTP again
-        lines = [status_line(status)]
+        lines = [status_line(status), head.shared.h1 or lines_of(head.shared)]
         for name, value in head.headers:
             lines.append(name + b": " + value + b"\r\n")
         if status == 204 or status == 304 or self.is_head:

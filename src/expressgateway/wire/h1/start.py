@@ -21,6 +21,8 @@ _REQUEST_LINE: Final = re.compile(
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t \x21-\x7e\x80-\xff]*)?")
 _ABSOLUTE: Final = re.compile(rb"([Hh][Tt][Tt][Pp][Ss]?)://([^/?#]*)([^#]*)")
 
+_COMMON: Final = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE"})
+_NOT_IN_TARGET: Final = re.compile(rb"[^\x21\x22\x24-\x7e]")  # and no fragment
 VERSIONS: Final = {b"1": b"1.1", b"0": b"1.0"}
 
 
@@ -29,6 +31,16 @@ def read_request_line(line: bytes, max_target_bytes: int) -> tuple[bytes, bytes,
 
     Raises a ``WireError`` with the status to answer: 400, 405 for CONNECT, 414, 505.
     """
+    # fast path: origin form in HTTP/1.1 with a common method
+    if line.endswith(b" HTTP/1.1"):
+        method, _, target = line[:-9].partition(b" ")
+        if (
+            method in _COMMON
+            and target[:1] == b"/"
+            and len(target) <= max_target_bytes
+            and _NOT_IN_TARGET.search(target) is None
+        ):
+            return method, target, b"1.1", None
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
         raise _diagnose(line, max_target_bytes)
