@@ -1,0 +1,376 @@
+"""The running gateway, raw clients and scripted backends for end-to-end tests.
+
+Nothing here sleeps: a test waits for bytes, for an answer, for a metric to reach a value (asked again and
+again, with a bound), or for a process to end. Ports are free ones; everything is on loopback.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from expressgateway.demo.certificate import CertificateFiles, make_certificate, write_certificate
+
+PATIENCE_S = 20.0
+"""A wait that takes longer has failed."""
+
+
+def need(*programs: str) -> pytest.MarkDecorator:
+    """Skip by name where a program is missing; in CI (``CI=true``) the test then fails instead."""
+    missing = [program for program in programs if shutil.which(program, path=_PATH) is None]
+    wanted = bool(missing) and os.environ.get("CI") != "true"
+    return pytest.mark.skipif(wanted, reason=f"needs {', '.join(missing) or 'nothing more'}")
+
+
+_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+
+
+def program(name: str) -> str:
+    """The path of a peer. Debian keeps servers in /usr/sbin, which not everybody has in PATH."""
+    found = shutil.which(name, path=_PATH)
+    if found is None:
+        raise FileNotFoundError(f"{name} is not installed")
+    return found
+
+
+def free_port(kind: int = socket.SOCK_STREAM) -> int:
+    with socket.socket(socket.AF_INET, kind) as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def eventually(check: Callable[[], object], what: str, patience_s: float = PATIENCE_S) -> None:
+    """Ask until it is true."""
+    ends = time.monotonic() + patience_s
+    while not check():
+        if time.monotonic() > ends:
+            raise AssertionError(f"not within {patience_s} s: {what}")
+        threading.Event().wait(0.01)
+
+
+def certificate(directory: Path, *names: str, stem: str = "server") -> CertificateFiles:
+    """A self-signed certificate for localhost and ``names``, as files."""
+    return write_certificate(directory, make_certificate(*names), stem)
+
+
+class Gateway:
+    """``expressgateway CONFIG`` as a process. ``config`` is TOML; ``{port}`` and the like are filled in."""
+
+    def __init__(self, directory: Path, config: str, *, workers: int = 1, runtime: str = "") -> None:
+        """``runtime``: more lines for the ``[runtime]`` block."""
+        self.directory = directory
+        self.path = directory / "gateway.toml"
+        self.admin = free_port()
+        self.log_path = directory / "gateway.log"
+        self._head = (
+            f"[runtime]\nworkers = {workers}\n"
+            + ("" if "readiness_settle_ms" in runtime else "readiness_settle_ms = 0\n")
+            + ("" if "drain_timeout_ms" in runtime else "drain_timeout_ms = 2000\n")
+            + ("" if "drain_jitter_ms" in runtime else "drain_jitter_ms = 0\n")
+            + f"{runtime}\n[observability]\nmetrics_bind = '127.0.0.1:{self.admin}'\n"
+        )
+        self.write(config)
+
+    def write(self, config: str) -> None:
+        self.path.write_text(self._head + config)
+
+    def __enter__(self) -> Self:
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "expressgateway", str(self.path)],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "LB_LOG_FORMAT": "json", "LB_LOG_LEVEL": "info"},
+            )
+        eventually(self._is_ready, "the gateway is ready")
+        return self
+
+    def _is_ready(self) -> bool:
+        if self.process.poll() is not None:
+            raise AssertionError(f"the gateway ended: {self.log()}")
+        try:
+            return self.ask("/readyz")[0] == 200
+        except OSError:
+            return False
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+                raise AssertionError(f"the gateway did not stop: {self.log()}") from None
+        if kind is None:
+            assert "Traceback" not in self.log(), self.log()
+            assert "this is a defect" not in self.log(), self.log()
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def ask(self, path: str) -> tuple[int, str]:
+        """GET from the admin listener."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.admin, timeout=PATIENCE_S)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a family's samples that have these labels; 0 if there are none."""
+        total = 0.0
+        for line in self.ask("/metrics")[1].splitlines():
+            match = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line)
+            if match is None or match[1] != name:
+                continue
+            found = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', match[2] or ""))
+            if all(found.get(label) == value for label, value in labels.items()):
+                total += float(match[3])
+        return total
+
+    def wait_metric(self, name: str, at_least: float = 1, **labels: str) -> None:
+        eventually(lambda: self.metric(name, **labels) >= at_least, f"{name}{labels} >= {at_least}")
+
+    def worker_pids(self) -> list[int]:
+        pid = self.process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def reload(self, config: str) -> bool:
+        """Write another configuration, have it read, and wait for the outcome: whether it was applied."""
+        before = self._reloads()
+        self.write(config)
+        self.process.send_signal(signal.SIGHUP)
+        eventually(lambda: self._reloads() > before, "the reload is over")
+        return self.metric("config_last_reload_successful") == 1
+
+    def _reloads(self) -> int:
+        finished: int = json.loads(self.ask("/api/v1/status")[1])["reload"]["finished"]
+        return finished
+
+
+class Client:
+    """A raw TCP (or TLS) client."""
+
+    def __init__(
+        self, port: int, *, tls: ssl.SSLContext | None = None, sni: str = "localhost", host: str = "127.0.0.1"
+    ) -> None:
+        sock = socket.create_connection((host, port), timeout=PATIENCE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock: socket.socket = tls.wrap_socket(sock, server_hostname=sni) if tls else sock
+        self.buffer = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def until(self, part: bytes) -> bytes:
+        """Read up to and with ``part``; fails on an early end."""
+        while part not in self.buffer:
+            data = self.sock.recv(65536)
+            if not data:
+                raise AssertionError(f"the connection ended; got {self.buffer!r}")
+            self.buffer += data
+        head, _, self.buffer = self.buffer.partition(part)
+        return head + part
+
+    def exactly(self, size: int) -> bytes:
+        while len(self.buffer) < size:
+            data = self.sock.recv(65536)
+            if not data:
+                raise AssertionError(f"the connection ended; got {self.buffer!r}")
+            self.buffer += data
+        data, self.buffer = self.buffer[:size], self.buffer[size:]
+        return data
+
+    def rest(self) -> bytes:
+        """Everything until the gateway closes. A reset counts as an end."""
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            while data := self.sock.recv(65536):
+                self.buffer += data
+        data, self.buffer = self.buffer, b""
+        return data
+
+    def response(self, *, head_only: bool = False) -> tuple[int, dict[str, str], bytes]:
+        """One response: status, headers (lower-case, the last of duplicates), body."""
+        head = self.until(b"\r\n\r\n").decode("latin-1")
+        lines = head.split("\r\n")
+        status = int(lines[0].split(" ")[1])
+        headers = {}
+        for line in lines[1:]:
+            name, colon, value = line.partition(":")
+            if colon:
+                headers[name.lower()] = value.strip()
+        if head_only or status < 200 or status in (204, 304):
+            return status, headers, b""
+        if headers.get("transfer-encoding") == "chunked":
+            body = b""
+            while size := int(self.until(b"\r\n").split(b";")[0], 16):
+                body += self.exactly(size)
+                self.exactly(2)
+            while self.until(b"\r\n") != b"\r\n":
+                pass
+            return status, headers, body
+        if "content-length" in headers:
+            return status, headers, self.exactly(int(headers["content-length"]))
+        return status, headers, self.rest()
+
+    def is_closed(self) -> bool:
+        """Whether the gateway ends the connection without another byte (waits for it)."""
+        return self.rest() == b""
+
+
+Script = Callable[["BackendConnection"], None]
+
+
+class BackendConnection(Client):
+    """A backend's end of a connection from the gateway."""
+
+    def __init__(self, sock: socket.socket, backend: "Backend", number: int) -> None:
+        sock.settimeout(PATIENCE_S)
+        self.sock = sock
+        self.buffer = b""
+        self.backend = backend
+        self.number = number
+        """Counts the backend's connections from 1."""
+
+    def request(self) -> tuple[bytes, bytes]:
+        """One request: head with its blank line, and body. Raises ``EOFError`` at the end."""
+        while b"\r\n\r\n" not in self.buffer:
+            data = self.sock.recv(65536)
+            if not data:
+                raise EOFError
+            self.backend.received.append(data)
+            self.buffer += data
+        head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
+        lower = head.lower()
+        if b"transfer-encoding: chunked" in lower:
+            body = b""
+            while size := int(self.until(b"\r\n"), 16):
+                body += self.exactly(size)
+                self.exactly(2)
+            while self.until(b"\r\n") != b"\r\n":
+                pass
+            return head + b"\r\n\r\n", body
+        match = re.search(rb"content-length: (\d+)", lower)
+        return head + b"\r\n\r\n", self.exactly(int(match[1])) if match else b""
+
+
+def answer_ok(connection: BackendConnection) -> None:
+    """Answer every request with 200 and the backend's name, and remember it."""
+    while True:
+        head, body = connection.request()
+        connection.backend.requests.append((head, body))
+        text = connection.backend.name.encode()
+        connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(text), text))
+
+
+class Backend:
+    """A scripted TCP backend: ``script`` runs in a thread for each connection and may do anything."""
+
+    def __init__(
+        self, script: Script = answer_ok, name: str = "backend", tls: ssl.SSLContext | None = None
+    ) -> None:
+        self.name = name
+        self.script = script
+        self.requests: list[tuple[bytes, bytes]] = []
+        self.received: list[bytes] = []
+        """Raw bytes, as they came."""
+        self.connections = 0
+        self._tls = tls
+        self._sock = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.port: int = self._sock.getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
+        self._open: set[socket.socket] = set()
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+        for sock in list(self._open):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self._thread.join(PATIENCE_S)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._sock.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._serve, args=(sock, self.connections), daemon=True).start()
+
+    def _serve(self, sock: socket.socket, number: int) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError, EOFError, AssertionError, ValueError):
+            if self._tls is not None:
+                sock.settimeout(PATIENCE_S)
+                sock = self._tls.wrap_socket(sock, server_side=True)
+            self._open.add(sock)
+            with sock:
+                self.script(BackendConnection(sock, self, number))
+        self._open.discard(sock)
+        sock.close()
+
+
+def run(*command: str, stdin: bytes = b"", check: bool = True) -> str:
+    """Run a peer's program to its end; gives what it printed on both outputs."""
+    done = subprocess.run(
+        [program(command[0]), *command[1:]], input=stdin, capture_output=True, timeout=60, check=False
+    )
+    output = (done.stdout + done.stderr).decode(errors="replace")
+    if check:
+        assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{output}"
+    return output
+
+
+@contextlib.contextmanager
+def server(*command: str, port: int) -> Iterator[subprocess.Popen[Any]]:
+    """Run a peer as a server until the block ends; waits until its port accepts."""
+    process = subprocess.Popen(
+        [program(command[0]), *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+    def is_up() -> bool:
+        if process.poll() is not None:
+            output = process.stdout.read().decode(errors="replace") if process.stdout else ""
+            raise AssertionError(f"{command[0]} ended: {output}")
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+        return False
+
+    try:
+        eventually(is_up, f"{command[0]} accepts")
+        yield process
+    finally:
+        process.terminate()
+        process.wait(PATIENCE_S)
+        if process.stdout:
+            process.stdout.close()
