@@ -1,11 +1,11 @@
 """Raw requests on which two readers could disagree, and the one meaning that each may have.
 
 Data, for whoever puts bytes on a connection: the codec's tests, and end to end a running gateway before a
-backend that records. A case is *refused* with a status before anything is forwarded (a case marked ``late`` is
-refused while its body is read: its head may have been forwarded, but the request never completes), or
-*forwarded* with exactly this meaning: method, path, the named headers, body. ``None`` as a header's value says
-that it must be absent. What follows a message on the connection belongs to the next one: ``then`` are the
-meanings, or the status, of what comes after.
+backend that records. A case is *refused* with a status before anything is forwarded (one marked ``late`` is
+refused while its body is read: its head may have been forwarded, but the request never completes), or it is
+*forwarded* with exactly this meaning: method, path, the named headers, body. ``None`` as a header's value
+says that it must be absent. What follows a message on the connection belongs to the next one: ``then`` are
+the meanings, or the status, of what comes after.
 
 The expectations hold for a listener with its default settings (``_`` refused, no WebSocket).
 """

@@ -1,15 +1,18 @@
 """A worker that speaks the control channel and serves nothing but its own name, for tests of the supervisor.
 
 What it should do wrong stands in the configuration, as the `server_header` of the first listener:
-``cannot-apply`` refuses the configuration, ``dies-on-apply`` dies over it, ``crashes`` dies as soon as it
-serves, ``deaf`` answers nothing once it serves, ``stays`` never finishes its drain, ``babbles`` sends bytes
-that are no message once it serves, and ``mute-start`` never answers ``configure``.
+``cannot-apply`` refuses the configuration, ``one-cannot-apply`` does so in the second worker only,
+``dies-on-apply`` dies over it, ``mute-start`` never answers, ``gate=FILE`` applies it when nobody holds a
+lock on the file. Once it serves, ``crashes`` dies, ``deaf`` answers nothing, and ``babbles`` sends bytes that
+are no message and stays. ``stays`` never finishes its drain.
 
-A client that connects is sent ``pid uid``; its connection is open until the client closes it.
+A client that connects is sent its worker's pid and user, the version of the configuration, the connections
+that the census counts, and the ticket keys; it is served until it closes the connection.
 """
 
 import argparse
 import asyncio
+import fcntl
 import os
 import signal
 import socket
@@ -46,6 +49,8 @@ class FakeWorker:
             answer = getattr(self, f"on_{message['type']}")
             if (reply := await answer(message)) is not None:
                 self.channel.send(reply)
+        if self.whim == "babbles":
+            await asyncio.get_running_loop().create_future()
         await self.drain()
 
     async def on_configure(self, message: Message) -> Message | None:
@@ -53,8 +58,11 @@ class FakeWorker:
         whim = first.get("http", {}).get("server_header", "")
         if whim == "mute-start":
             return None
+        if whim.startswith("gate="):
+            with open(whim.removeprefix("gate=")) as gate:  # noqa: ASYNC230 - to block is the point
+                fcntl.flock(gate, fcntl.LOCK_SH)
         error = None
-        if whim == "cannot-apply":
+        if whim == "cannot-apply" or (whim == "one-cannot-apply" and self.index == 1):
             error = "this worker cannot apply that"
         elif whim == "dies-on-apply":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -131,7 +139,9 @@ class FakeWorker:
         self.open[name] = self.open.get(name, 0) + 1
         self.is_idle.clear()
         keys = self.tickets.get(name, "-")
-        writer.write(f"{os.getpid()} {os.getuid()} {self.version} {keys}\n".encode())
+        writer.write(
+            f"{os.getpid()} {os.getuid()} {self.version} {sum(self.census._totals)} {keys}\n".encode()
+        )
         try:
             await reader.read()
         except ConnectionError:

@@ -77,6 +77,8 @@ class Gateway:
         self._wants_ready = ready
         self.lines: list[dict[str, Any]] = []
         self.text: list[str] = []
+        self.extra_groups: list[int] | None = None
+        """Groups to start with, as root."""
         self._queue: queue.Queue[str | None] = queue.Queue()
 
     def write(self, **settings: object) -> None:
@@ -91,6 +93,8 @@ class Gateway:
             [sys.executable, str(_HERE / "fake_supervisor.py"), str(self.path), *timing],
             stderr=subprocess.PIPE,
             text=True,
+            process_group=0,
+            extra_groups=self.extra_groups,
             env={**os.environ, "LB_LOG_FORMAT": "json", "LB_LOG_LEVEL": "info"},
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -172,10 +176,11 @@ class Client:
     def __init__(self, port: int) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
         with self.sock.makefile("r") as greeting:
-            pid, uid, version, self.tickets = greeting.readline().split()
+            pid, uid, version, census, self.tickets = greeting.readline().split()
         self.pid = int(pid)
         self.uid = int(uid)
         self.version = int(version)
+        self.census = int(census)
 
     def __enter__(self) -> Self:
         return self

@@ -169,9 +169,17 @@ class Client:
     """A raw TCP (or TLS) client."""
 
     def __init__(
-        self, port: int, *, tls: ssl.SSLContext | None = None, sni: str = "localhost", host: str = "127.0.0.1"
+        self,
+        port: int,
+        *,
+        tls: ssl.SSLContext | None = None,
+        sni: str = "localhost",
+        host: str = "127.0.0.1",
+        source: str = "",
     ) -> None:
-        sock = socket.create_connection((host, port), timeout=PATIENCE_S)
+        """``source``: the local address to connect from."""
+        local = (source, 0) if source else None
+        sock = socket.create_connection((host, port), timeout=PATIENCE_S, source_address=local)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock: socket.socket = tls.wrap_socket(sock, server_hostname=sni) if tls else sock
         self.buffer = b""
@@ -239,6 +247,84 @@ class Client:
     def is_closed(self) -> bool:
         """Whether the gateway ends the connection without another byte (waits for it)."""
         return self.rest() == b""
+
+
+class Steady:
+    """A well-behaved client: one keep-alive connection, request after request in a thread of its own.
+
+    It must be served whatever happens meanwhile: leaving the block fails if an answer was wrong or slow, or
+    if the connection was closed. The gateway needs ``max_keepalive_requests = 0``.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        *,
+        tls: ssl.SSLContext | None = None,
+        body: bytes = b"backend",
+        source: str = "",
+        slowest_s: float = 2.0,
+    ) -> None:
+        self._client = Client(port, tls=tls, source=source)
+        self._body = body
+        self._limit_s = slowest_s
+        self._stop = threading.Event()
+        self._failure = ""
+        self.served = 0
+        self.slowest_s = 0.0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._ask()  # served before the trouble begins
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(PATIENCE_S)
+        if kind is None:
+            assert not self._failure, self._failure
+            self._ask()  # and after it
+            assert self.slowest_s < self._limit_s, f"an answer took {self.slowest_s} s"
+        self._client.sock.close()
+
+    def _ask(self) -> None:
+        asked = time.monotonic()
+        self._client.send(b"GET /good HTTP/1.1\r\nHost: good.example\r\n\r\n")
+        status, _, body = self._client.response()
+        assert (status, body) == (200, self._body), (status, body)
+        self.served += 1
+        self.slowest_s = max(self.slowest_s, time.monotonic() - asked)
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.wait(0.005):
+                self._ask()
+        except (OSError, AssertionError) as error:
+            self._failure = f"the good client, after {self.served} answers: {error!r}"
+
+
+def resident_kib(pid: int) -> int:
+    """A process's resident memory."""
+    match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert match is not None
+    return int(match[1])
+
+
+def descriptors(pid: int) -> int:
+    """How many file descriptors a process has open."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def listener(
+    port: int, backend: "Backend | str", more: str = "", *, name: str = "web", protocol: str = "h1"
+) -> str:
+    """A listener with one backend, as TOML; ``more`` are further lines of its block."""
+    address = backend if isinstance(backend, str) else backend.address
+    return (
+        f"[[listeners]]\nname = '{name}'\naddress = '127.0.0.1:{port}'\nprotocol = '{protocol}'\n"
+        f"backends = [{{ address = '{address}' }}]\n{more}\n"
+    )
 
 
 Script = Callable[["BackendConnection"], None]

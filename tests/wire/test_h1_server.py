@@ -397,7 +397,7 @@ class TestLimits:
     def test_pipelined_bytes_wait_unread(self) -> None:
         """One read may be held; then the shell stops reading until the answer is out."""
         world = ServerWorld(no_answer).feed(GET)
-        assert not world.shell.is_paused
+        assert world.shell.asked == []
         world.codec.receive_data(GET.replace(b"/a", b"/b") * 3)
         assert world.shell.is_paused
         assert len(world.exchanges) == 1
@@ -452,6 +452,7 @@ class TestEnds:
     def test_reset_tells_the_exchange_once(self, raw: bytes) -> None:
         world = ServerWorld(no_answer).feed(raw).reset().reset()
         assert isinstance(world.exchange.error, PeerClosedError)
+        assert world.exchange.aborts == 1
         world.feed(b"llo")
         assert world.exchange.payload in (b"", b"he")
 

@@ -43,10 +43,17 @@ class Bound:
 
 def bind_listeners(listeners: Sequence[Listener], workers: int) -> list[Bound]:
     """Bind every listener, `workers` members each. Raises `StartError`; then nothing stays bound."""
+    places = [_Place.of(listener) for listener in listeners]
+    for place in places:
+        if place.where[1]:
+            # SO_REUSEPORT would let us join the group of another process of the same user; a socket without
+            # it is refused if anybody holds the port. All are tried before the first is bound, so that our
+            # own listeners may overlap: of 0.0.0.0:80 and 192.0.2.1:80 the kernel takes the closer one.
+            place.bind(reuse_port=False).close()
     bound: list[Bound] = []
     try:
-        for listener in listeners:
-            bound.append(_bind(listener, workers))  # noqa: PERF401 - what is bound must be closed on failure
+        for place in places:
+            bound.append(place.bind_members(workers))  # noqa: PERF401 - closed if a later one fails
         # Listening comes last: nothing is accepted, even into a queue, unless all of it can be had.
         backlog = listen_backlog()
         for one in bound:
@@ -63,8 +70,8 @@ def bind_listeners(listeners: Sequence[Listener], workers: int) -> list[Bound]:
 def bind_admin(address: Address) -> socket.socket:
     """The admin listener's socket, listening. Raises `StartError`."""
     title = f"the admin listener (observability.metrics_bind = {address})"
-    info = _resolve(title, address, socket.SOCK_STREAM)
-    sock = _bind_one(title, address, info, reuse_port=False)
+    place = _Place("", title, address, socket.SOCK_STREAM)
+    sock = place.bind(reuse_port=False)
     try:
         sock.listen(128)
     except OSError as error:
@@ -81,73 +88,70 @@ def listen_backlog() -> int:
         return socket.SOMAXCONN
 
 
-_Info = tuple[socket.AddressFamily, tuple[str, int]]
+class _Place:
+    """Where a socket is to be bound, the host name resolved. Raises `StartError`."""
 
+    __slots__ = ("address", "family", "kind", "name", "title", "where")
 
-def _bind(listener: Listener, workers: int) -> Bound:
-    title = f"the listener {listener.name!r}"
-    kind = socket.SOCK_DGRAM if listener.is_datagram else socket.SOCK_STREAM
-    configured = listener.address
-    info = _resolve(title, configured, kind)
-    if configured.port:
-        # SO_REUSEPORT would let us join the group of another process of the same user; a socket without it
-        # is refused if anybody holds the port.
-        _bind_one(title, configured, info, reuse_port=False, kind=kind).close()
-    one = Bound(listener.name, listener.is_datagram, Address(info[1][0], configured.port))
-    try:
-        for _ in range(workers):
-            member = _bind_one(title, configured, info, reuse_port=True, kind=kind)
-            one.members.append(member)
-            if not info[1][1]:
-                info = (info[0], member.getsockname()[:2])
-    except BaseException:
-        one.close()
-        raise
-    one.address = Address(*info[1])
-    return one
+    def __init__(self, name: str, title: str, address: Address, kind: socket.SocketKind) -> None:
+        self.name = name
+        self.title = title
+        self.address = address
+        """As configured."""
+        self.kind = kind
+        try:
+            found = socket.getaddrinfo(address.host, address.port, type=kind, flags=socket.AI_PASSIVE)
+        except (OSError, UnicodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise StartError(
+                f"{title} cannot be bound: the host name {address.host!r} does not resolve ({reason}); "
+                "write the address as a number"
+            ) from None
+        family, *_, where = min(found, key=lambda one: one[0] != socket.AF_INET)
+        self.family = family
+        self.where = (str(where[0]), int(where[1]))
 
+    @classmethod
+    def of(cls, listener: Listener) -> "_Place":
+        kind = socket.SOCK_DGRAM if listener.is_datagram else socket.SOCK_STREAM
+        return cls(listener.name, f"the listener {listener.name!r}", listener.address, kind)
 
-def _resolve(title: str, address: Address, kind: socket.SocketKind) -> _Info:
-    try:
-        found = socket.getaddrinfo(address.host, address.port, type=kind, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise StartError(
-            f"{title} cannot be bound: the host name {address.host!r} does not resolve ({reason}); "
-            "write the address as a number"
-        ) from None
-    family, *_, where = min(found, key=lambda one: one[0] != socket.AF_INET)
-    return family, (str(where[0]), int(where[1]))
+    def bind_members(self, workers: int) -> Bound:
+        one = Bound(self.name, self.kind == socket.SOCK_DGRAM, self.address)
+        try:
+            for _ in range(workers):
+                member = self.bind(reuse_port=True)
+                one.members.append(member)
+                if not self.where[1]:
+                    self.where = member.getsockname()[:2]
+        except BaseException:
+            one.close()
+            raise
+        one.address = Address(*self.where)
+        return one
 
-
-def _bind_one(
-    title: str,
-    address: Address,
-    info: _Info,
-    *,
-    reuse_port: bool,
-    kind: socket.SocketKind = socket.SOCK_STREAM,
-) -> socket.socket:
-    family, where = info
-    try:
-        sock = socket.socket(family, kind | socket.SOCK_NONBLOCK)
-    except OSError as error:
-        raise StartError(f"{title} cannot be bound: {_cause(address, error, 'tcp')}") from None
-    try:
-        if kind == socket.SOCK_STREAM:
-            # Connections of a previous run in TIME_WAIT do not keep the port. Not on UDP, where the same
-            # option lets a second process steal datagrams.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if reuse_port:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(where)
-    except OSError as error:
-        sock.close()
-        transport = "udp" if kind == socket.SOCK_DGRAM else "tcp"
-        raise StartError(f"{title} cannot be bound: {_cause(address, error, transport)}") from None
-    return sock
+    def bind(self, *, reuse_port: bool) -> socket.socket:
+        is_datagram = self.kind == socket.SOCK_DGRAM
+        sock: socket.socket | None = None
+        try:
+            sock = socket.socket(self.family, self.kind | socket.SOCK_NONBLOCK)
+            if not is_datagram:
+                # Connections of a previous run in TIME_WAIT do not keep the port. Not on UDP, where the same
+                # option lets a second process steal datagrams.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if reuse_port:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            if self.family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(self.where)
+        except OSError as error:
+            if sock is not None:
+                sock.close()
+            transport = "udp" if is_datagram else "tcp"
+            raise StartError(
+                f"{self.title} cannot be bound: {_cause(self.address, error, transport)}"
+            ) from None
+        return sock
 
 
 def _listen(one: Bound, member: socket.socket, backlog: int) -> None:
@@ -164,9 +168,8 @@ def _cause(address: Address, error: OSError, transport: str) -> str:
     match error.errno:
         case errno.EADDRINUSE:
             return (
-                f"{address} is already in use by another process, or by a listener that covers it; stop "
-                f"that one or choose another port (ss -lnp --{transport} 'sport = :{address.port}' "
-                "shows who has it)"
+                f"{address} is already in use; stop who has it or choose another port "
+                f"(ss -lnp --{transport} 'sport = :{address.port}' shows who that is)"
             )
         case errno.EACCES | errno.EPERM:
             return (

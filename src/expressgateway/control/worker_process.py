@@ -232,11 +232,11 @@ class Worker:
 
     async def gone(self) -> int:
         """Until it is dead and its last words are read: the exit status."""
-        status = await self.exited
+        await asyncio.wait({self.exited})  # not awaited itself: a caller that is cancelled would cancel it
         if self.heard is not None:
             await asyncio.wait({self.heard}, timeout=EXIT_GRACE_S)
         self._channel.abort()
-        return status
+        return self.exited.result()
 
     async def soon_exited(self) -> int | None:
         """The exit status of a worker that seems to be dying; None if it lives on all the same."""

@@ -189,7 +189,12 @@ class Forwarding:
         proto = host = b""
         peer.kept_request_id = b""
         peer.kept_trace = None
-        for field in head.headers:
+        headers: Fields = head.headers
+        if _OURS.isdisjoint(dict(headers)):
+            # fast path: nothing of ours to look at
+            base = list(headers)
+            headers = NO_FIELDS
+        for field in headers:
             name = field[0]
             if name not in _OURS:
                 base.append(field)

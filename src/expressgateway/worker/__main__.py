@@ -23,6 +23,7 @@ from expressgateway.net.tls import count_bad_sni
 from expressgateway.observe.logs import configure
 from expressgateway.proxy.forwarding import TrustedProxies
 from expressgateway.worker.build import SnapshotError
+from expressgateway.worker.memory import keep_the_heap
 from expressgateway.worker.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ def main() -> int:
     parser.add_argument("--listener", action="append", default=[], metavar="POSITION=FD")
     arguments = parser.parse_args()
     configure(f"worker {arguments.index}")
+    keep_the_heap()
     gc.set_threshold(20_000, 20, 50)  # traffic makes few cycles; look for them less often
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(arguments))

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import re
 import socket
+import struct
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -122,7 +123,9 @@ class AdminServer:
                 writer.write_eof()
                 # Closing with unread bytes would reset the connection, and the answer with it.
                 await reader.read(MAX_HEAD_BYTES)
-        except (TimeoutError, OSError):
+        except TimeoutError:
+            _make_reset(writer)
+        except OSError:
             pass
         except Exception:
             log.exception("the admin listener failed to answer: this is a defect")
@@ -148,6 +151,15 @@ class AdminServer:
             allow = {"Allow": "GET, HEAD"} if error.status == 405 else {}
             return None, Response.plain(error.status, **allow)
         return request, await self._answer(request)
+
+
+def _make_reset(writer: asyncio.StreamWriter) -> None:
+    """Have the close reset it, or the kernel would go on offering what the client does not take."""
+    sock: socket.socket = writer.get_extra_info("socket")
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    except OSError:
+        pass  # it is closed already
 
 
 def _write(writer: asyncio.StreamWriter, response: Response, *, is_head: bool) -> None:

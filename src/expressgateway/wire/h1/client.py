@@ -175,7 +175,11 @@ class H1Client:
                     self.shell.wake()
                 out += (b"%x\r\n" % len(chunk), chunk, b"\r\n")
             elif writing is LENGTH:
-                self._left -= len(chunk)
+                left = self._left - len(chunk)
+                if left < 0:
+                    self._fail(FramingError("a request body longer than was declared"))
+                    return
+                self._left = left
                 self._write(chunk)
             elif writing is WRITE_TUNNEL:
                 self._write(chunk)

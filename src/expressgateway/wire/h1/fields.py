@@ -22,12 +22,8 @@ from expressgateway.wire.errors import (
 )
 from expressgateway.wire.head import NO_FIELDS, Field, Fields, SharedFields
 
-# field-name = token; field-value without leading and trailing blanks: RFC 9110 5.1, 5.5, 5.6.2. Control
-# characters other than HTAB are refused, obs-text is kept as it is.
-_LINE: Final = re.compile(
-    rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*"
-    rb"((?:[\x21-\x7e\x80-\xff]+(?:[ \t]+[\x21-\x7e\x80-\xff]+)*)?)[ \t]*"
-)
+# What may stand in a field line: HTAB, SP, VCHAR and obs-text (RFC 9110 5.5).
+_ALLOWED: Final = bytes([0x09, *range(0x20, 0x7F), *range(0x80, 0x100)])
 _TOKEN: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _LENGTH: Final = re.compile(rb"0|[1-9][0-9]{0,17}")
 # reg-name / IPv4 / IP-literal, then an optional port: RFC 3986 3.2.2. No userinfo (RFC 9110 4.2.4), no comma.
@@ -88,7 +84,10 @@ FORBIDDEN_IN_TRAILERS: Final = frozenset(KINDS) | {
 # Values that must not outlive their exchange in a cache.
 _SECRET: Final = frozenset({b"authorization", b"cookie", b"set-cookie", b"proxy-authorization"})
 
+_CACHED_NAMES: Final = 1024  # field names as they were spelled
+_CACHED_NAME_BYTES: Final = 64
 _CACHED_LINES: Final = 2048  # at most; the cache starts afresh when full
+_CACHED_PER_NAME: Final = 64  # of them with one name
 _CACHED_LINE_BYTES: Final = 192  # longer lines are not kept
 _CACHED_SECTIONS: Final = 256  # whole sections, likewise
 _CACHED_SECTION_BYTES: Final = 1024
@@ -99,92 +98,109 @@ Entry = tuple[Field, Kind]
 def lines_of(shared: SharedFields) -> bytes:
     """Shared fields as header lines, made once."""
     if not shared.h1 and shared.fields:
-        shared.h1 = b"".join([name + b": " + value + b"\r\n" for name, value in shared.fields])
+        shared.h1 = b"\r\n".join(map(b": ".join, shared.fields)) + b"\r\n"
     return shared.h1
 
 
 class Section:
     """A header section's fields and meaning. Shared between messages with equal sections: never changed."""
 
-    __slots__ = (
-        "accepts_trailers",
-        "authority",
-        "chunked",
-        "close",
-        "content_length",
-        "expects_continue",
-        "headers",
-        "hosts",
-        "keep_alive",
-        "keep_alive_hint",
-        "upgrade",
-        "wants_upgrade",
-    )
+    # Defaults are the class's: most sections set two or three of these.
+    headers: Fields = NO_FIELDS
+    content_length: int | None = None
+    chunked = False
+    hosts: tuple[bytes, ...] = ()
+    authority: bytes | None = None
+    """The one Host, checked and in lower case, once somebody did that."""
+    close = False
+    """Connection: close"""
+    keep_alive = False
+    """Connection: keep-alive"""
+    keep_alive_hint = b""
+    """The value of Keep-Alive, which a backend uses to tell its idle timeout."""
+    wants_upgrade = False
+    """Connection: upgrade"""
+    upgrade = b""
+    """The value of Upgrade, lower-case."""
+    accepts_trailers = False
+    expects_continue = False
 
-    def __init__(self) -> None:
-        self.headers: Fields = NO_FIELDS
-        self.content_length: int | None = None
-        self.chunked = False
-        self.hosts: tuple[bytes, ...] = ()
-        self.authority: bytes | None = None
-        """The one Host, checked and in lower case, once somebody did that."""
-        self.close = False
-        """Connection: close"""
-        self.keep_alive = False
-        """Connection: keep-alive"""
-        self.keep_alive_hint: bytes = b""
-        """The value of Keep-Alive, which a backend uses to tell its idle timeout."""
-        self.wants_upgrade = False
-        """Connection: upgrade"""
-        self.upgrade: bytes = b""
-        """The value of Upgrade, lower-case."""
-        self.accepts_trailers = False
-        self.expects_continue = False
+
+class _Name:
+    """A field name that was judged, and how many more lines of that name may go into the cache."""
+
+    __slots__ = ("cacheable", "kind", "name")
+
+    def __init__(self, name: bytes, kind: Kind) -> None:
+        self.name = name
+        self.kind = kind
+        # A name whose values keep changing must not push the others out.
+        self.cacheable = 0 if name in _SECRET else _CACHED_PER_NAME
 
 
 class FieldReader:
     """Reads header sections under one set of limits. One per listener and side, shared by its connections."""
 
-    __slots__ = ("_lines", "_sections", "max_count", "strict_te", "underscore")
+    __slots__ = ("_lines", "_names", "_sections", "max_count", "strict_te", "underscore")
 
     def __init__(self, max_count: int, strict_te: bool = False, underscore: str = "reject") -> None:
         """``underscore``: ``reject``, ``drop`` or ``allow`` names that contain ``_``."""
         self._lines: dict[bytes, Entry] = {}
+        self._names: dict[bytes, _Name] = {}
         self._sections: dict[bytes, Section] = {}
         self.max_count = max_count
         self.strict_te = strict_te
         self.underscore = underscore
 
     def _line(self, line: bytes) -> Entry:
-        """Read one line that is not in the cache, and keep it there if it may be kept."""
-        match = _LINE.fullmatch(line)
-        if match is None:
-            raise self._diagnose(line)
-        name = match[1].lower()
+        """Read one line that is not in the cache, and keep it there if it may be kept.
+
+        Only its characters were judged before (``_judge``).
+        """
+        raw, colon, value = line.partition(b":")
+        known = self._names.get(raw)
+        if known is None:
+            known = self._name(raw, line, bool(colon))
+        if not colon:
+            raise MalformedError("a header line without a colon")
+        entry = ((known.name, value.strip(b" \t")), known.kind)
+        if known.cacheable and len(line) <= _CACHED_LINE_BYTES:
+            known.cacheable -= 1
+            if len(self._lines) >= _CACHED_LINES:
+                self._lines.clear()
+                self._names.clear()
+            self._lines[line] = entry
+        return entry
+
+    def _name(self, raw: bytes, line: bytes, has_colon: bool) -> "_Name":
+        """Judge a field name, and remember it: values vary, names do not."""
+        if line[:1] in (b" ", b"\t"):
+            raise MalformedError("a header line is folded")
+        if not has_colon:
+            raise MalformedError("a header line without a colon")
+        if _TOKEN.fullmatch(raw) is None:
+            raise MalformedError("a field name that is not a token")
+        name = raw.lower()
         kind = KINDS.get(name, END_TO_END)
         if kind is END_TO_END and b"_" in name and self.underscore != "allow":
             if self.underscore == "reject":
                 raise MalformedError("a field name contains an underscore")
             kind = Kind.UNDERSCORE
-        entry = ((name, match[2]), kind)
-        if len(line) <= _CACHED_LINE_BYTES and name not in _SECRET:
-            if len(self._lines) >= _CACHED_LINES:
-                self._lines.clear()
-            self._lines[line] = entry
-        return entry
+        known = _Name(name, kind)
+        if len(raw) <= _CACHED_NAME_BYTES:
+            if len(self._names) >= _CACHED_NAMES:
+                self._names.clear()
+            self._names[raw] = known
+        return known
 
     @staticmethod
-    def _diagnose(line: bytes) -> MalformedError:
-        name, colon, _ = line.partition(b":")
-        if line[:1] in (b" ", b"\t"):
-            return MalformedError("a header line is folded")
-        if b"\n" in line or b"\r" in line:
-            return MalformedError("a bare CR or LF in the header section")
-        if not colon:
-            return MalformedError("a header line without a colon")
-        if _TOKEN.fullmatch(name) is None:
-            return MalformedError("a field name that is not a token")
-        return MalformedError("a control character in a field value")
+    def _judge(block: bytes, lines: list[bytes]) -> None:
+        """No control character anywhere but HTAB, and no CR or LF but those that end the lines."""
+        if len(block.translate(None, _ALLOWED)) != 2 * (len(lines) - 1):
+            for line in lines:
+                if b"\r" in line or b"\n" in line:
+                    raise MalformedError("a bare CR or LF in the header section")
+            raise MalformedError("a control character in the header section")
 
     def read(self, block: bytes) -> Section:
         """Read the lines between the start line and the blank line, without their last CRLF.
@@ -204,9 +220,13 @@ class FieldReader:
         known = self._lines
         headers: list[Field] = []
         named: set[bytes] | None = None
+        is_known = True
         for line in lines:
             entry = known.get(line)
             if entry is None:
+                if is_known:
+                    is_known = False
+                    self._judge(block, lines)
                 entry = self._line(line)
             if entry[1] is END_TO_END:
                 headers.append(entry[0])
@@ -220,7 +240,8 @@ class FieldReader:
             # RFC 9110 7.6.1: what Connection names belongs to this hop.
             headers = [field for field in headers if field[0] not in named]
         section.headers = tuple(headers)
-        if len(block) <= _CACHED_SECTION_BYTES and not any(name in _SECRET for name, _ in headers):
+        if is_known and len(block) <= _CACHED_SECTION_BYTES:
+            # Seen before, line by line, and nothing secret in it: it may well come again.
             if len(self._sections) >= _CACHED_SECTIONS:
                 self._sections.clear()
             self._sections[block] = section
@@ -281,6 +302,7 @@ class FieldReader:
         lines = block.split(b"\r\n")
         if len(lines) > self.max_count:
             raise HeadTooLargeError(f"more than {self.max_count} trailer fields")
+        self._judge(block, lines)
         fields: list[Field] = []
         for line in lines:
             field, kind = self._lines.get(line) or self._line(line)

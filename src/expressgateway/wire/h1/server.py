@@ -398,8 +398,13 @@ class H1Server:
         """The final head. Framing follows from the request, the status and the declared length."""
         status = head.status
         length = head.content_length
-        if self.reading is BODY and self._body is None:
-            self.reading = READ_DONE  # the backend declined the upgrade: this is plain HTTP again
+        if self.reading is BODY:
+            if self._body is None:
+                self.reading = READ_DONE  # the backend declined the upgrade: this is plain HTTP again
+            elif status >= 400:
+                # A refusal in the middle of the upload: the rest will not be read, and the client is told so
+                # (RFC 9112 9.6). An early success may be the begin of a conversation.
+                self.close_after = True
         lines = [status_line(status), head.shared.h1 or lines_of(head.shared)]
         for name, value in head.headers:
             lines.append(name + b": " + value + b"\r\n")
