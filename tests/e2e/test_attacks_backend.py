@@ -1,7 +1,7 @@
 """Backends that misbehave: nobody else's answer, nothing cut that looks whole, nothing without a bound.
 
-Every backend here answers ``GET /good`` as it should and misbehaves on any other path, so that a good client is
-served by the same worker and the same backend throughout.
+Every backend here answers ``GET /good`` as it should and misbehaves on any other path, so that a good client
+is served by the same worker and the same backend throughout.
 """
 
 import contextlib
@@ -109,6 +109,7 @@ def _ask(port: int, request: bytes = b"GET /bad HTTP/1.1\r\nHost: a\r\n\r\n") ->
 # -- answers that are none -----------------------------------------------------------------------------------
 
 _HEAD = b"HTTP/1.1 200 OK\r\n"
+_UPGRADE = b"HTTP/1.1 101 Switching\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
 
 NO_ANSWERS: list[tuple[str, Act, str, str]] = [
     # name, what the backend does, reason counted, error of Proxy-Status
@@ -240,11 +241,8 @@ def test_an_answer_cut_short_never_looks_complete(tmp_path: Path, version: bytes
     asked: list[str] = []
 
     def act(connection: BackendConnection) -> None:
-        begun.wait(5)
         acts[asked[-1]](connection)
 
-    begun = threading.Event()
-    begun.set()
     more = "[listeners.http]\nbody_timeout_ms = 400\n"
     with (
         Backend(misbehaving(act)) as backend,
@@ -303,7 +301,7 @@ def test_an_http_1_0_answer_ends_with_its_connection(tmp_path: Path) -> None:
 
 
 def test_a_tls_backend_that_is_cut_off_does_not_end_its_answer(tmp_path: Path) -> None:
-    """Close-delimited over TLS: without close_notify anybody on the way could have ended it (RFC 8446 6.1)."""
+    """Close-delimited over TLS: without close_notify anybody could have ended it (RFC 8446 6.1)."""
     port = free_port()
     files = certificate(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -220,7 +220,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Gate
         (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
         (b"GET /" + b"x" * 1_000_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
         (b"X" * 1_000_000, 414),
-        (b"GET / HTTP/1.1\r\n" * 60_000, 400),
+        (b"GET / HTTP/1.1\r\n" * 60_000, 431),
     ],
     ids=[
         "256 fields",

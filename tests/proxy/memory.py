@@ -1,8 +1,8 @@
 """A protocol without bytes, shaped like HTTP/2: many exchanges at once on one connection.
 
-It proves that exchange, pool and selection need nothing of HTTP/1: ``MemoryClientEnd`` is a ``ServerStream``,
-``MemoryWork`` a ``ClientStream`` and ``MemoryBack`` a backend's ``Connections``, with a stream for everyone on
-a single connection. A stream that is reset leaves its siblings alone.
+It proves that exchange, pool and selection need nothing of HTTP/1: ``MemoryClientEnd`` is a
+``ServerStream``, ``MemoryWork`` a ``ClientStream`` and ``MemoryBack`` a backend's ``Connections``, with a
+stream for everyone on a single connection. A stream that is reset leaves its siblings alone.
 """
 
 from expressgateway.proxy.forwarding import Peer

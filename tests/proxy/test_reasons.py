@@ -17,7 +17,8 @@ from expressgateway.proxy.errors import (
 from expressgateway.proxy.service import Timeouts
 from expressgateway.upstream.errors import Fault
 from expressgateway.wire import errors
-from tests.proxy.ends import ClientEnd, H1BackConnection, H1ClientEnd, H1Work
+from tests.proxy.ends import ClientEnd
+from tests.proxy.h1_ends import H1BackConnection, H1ClientEnd, H1Work
 from tests.proxy.world import World
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n"

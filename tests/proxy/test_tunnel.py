@@ -4,7 +4,8 @@ import pytest
 from websockets.frames import Close, Frame, Opcode
 
 from expressgateway.proxy.errors import Reason
-from tests.proxy.ends import ClientEnd, H1Work
+from tests.proxy.ends import ClientEnd
+from tests.proxy.h1_ends import H1Work
 from tests.proxy.world import CELLS, World
 
 Cell = tuple[str, str]

@@ -14,7 +14,8 @@ from expressgateway.upstream.pool import Pool
 from expressgateway.wire.h1.fields import FieldReader
 from expressgateway.wire.h1.server import Limits
 from expressgateway.wire.sinks import ServerStream
-from tests.proxy.ends import BackSide, ClientEnd, H1Back, H1ClientEnd, Work
+from tests.proxy.ends import BackSide, ClientEnd, Work
+from tests.proxy.h1_ends import H1Back, H1ClientEnd
 from tests.proxy.memory import MemoryBack, MemoryClientEnd
 
 PROTOCOLS = ("h1", "memory")

@@ -151,6 +151,36 @@ def answer_ok(recorder: Recorder) -> None:
     stream.send_data(head.path, True)
 
 
+def answer(
+    status: int = 200,
+    *chunks: bytes,
+    length: int | None = None,
+    trailers: tuple[tuple[bytes, bytes], ...] = (),
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+) -> Answer:
+    """Chunks as they are; the end comes with the last, or with the head."""
+
+    def give(recorder: Recorder) -> None:
+        stream = recorder.stream
+        assert stream is not None
+        head = ResponseHead(status, headers, length)
+        if not chunks and not trailers:
+            stream.send_head(head, True)
+            return
+        stream.send_head(head, False)
+        for at, chunk in enumerate(chunks):
+            stream.send_data(chunk, not trailers and at == len(chunks) - 1)
+        if trailers:
+            stream.send_trailers(trailers)
+
+    return give
+
+
+def ok(body: bytes, *lines: bytes) -> bytes:
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n" % len(body)
+    return head + b"".join(line + b"\r\n" for line in lines) + b"\r\n" + body
+
+
 class ServerShell:
     """The connection around an ``H1Server``."""
 

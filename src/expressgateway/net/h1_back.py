@@ -30,6 +30,7 @@ class H1Connection:
         "_is_closing",
         "_is_done",
         "_is_receiving",
+        "_is_unsent",
         "_mark",
         "codec",
         "due",
@@ -54,6 +55,7 @@ class H1Connection:
         self._mark = 0  # see Stream.delivery_mark
         self._is_receiving = False
         self._is_done = False  # the exchange ended inside the read under way
+        self._is_unsent = False  # nothing of the request was given to the kernel yet
 
     def begin(self, waiter: Waiter) -> H1Client:
         """Lease this connection out."""
@@ -65,6 +67,7 @@ class H1Connection:
             backend.reused += 1
         if self.stream is not None:
             self._mark = self.stream.delivery_mark()
+        self._is_unsent = True
         codec.open(waiter)
         return codec
 
@@ -81,12 +84,21 @@ class H1Connection:
 
     def on_bytes(self, data: bytes) -> None:
         codec = self.codec
+        if self._is_unsent and codec.is_open:
+            # Leased in this batch of events, and these bytes came before: no answer to what was not asked.
+            # The request is taken back, as from a stale connection.
+            self._group.backend.unsolicited += 1
+            codec.receive_reset()
+            return
         self._is_receiving = True
         codec.receive_data(data)
         self._is_receiving = False
         if self._is_done:
             self._is_done = False
-            self._settle(codec.reading is IDLE)
+            is_clean = codec.reading is IDLE
+            if not is_clean:
+                self._group.backend.unsolicited += 1
+            self._settle(is_clean)
         elif not codec.is_open and not self._is_closing:
             self._unsolicited()
 
@@ -133,6 +145,7 @@ class H1Connection:
         stream = self.stream
         if out:
             codec.out = []
+            self._is_unsent = False
             if stream is not None:
                 stream.write(out)
 
@@ -177,8 +190,6 @@ class H1Connection:
                 self.stream.resume()
             self._group.keep(self)
         else:
-            if self.codec.reading is not IDLE and is_reusable:
-                self._group.backend.unsolicited += 1
             self._close()
 
     def _unsolicited(self) -> None:

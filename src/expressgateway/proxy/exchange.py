@@ -30,6 +30,7 @@ from expressgateway.wire.head import Field, Fields, RequestHead, ResponseHead
 from expressgateway.wire.sinks import ClientStream, ServerStream
 
 REPLAY_BYTES: Final = 65536  # of a request body kept for a retry; a longer one cannot be sent again
+_NEVER_SENT: Final = 499  # counted and logged when the client is to blame and gets no answer
 _RETRY_AFTER_S: Final = b"1"
 _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"TRACE"})  # RFC 9110 9.2.2
 
@@ -61,6 +62,7 @@ class Exchange:
         "_held",
         "_held_bytes",
         "_held_trailers",
+        "_is_told_to_continue",
         "_is_waiting",
         "_progress_at",
         "_rate_bytes",
@@ -112,6 +114,7 @@ class Exchange:
         self._back_is_paused = False
         self._body_bytes = 0
         self._response_bytes = 0
+        self._is_told_to_continue = False
         self._tunnel: Tunnel | None = None
         self._started = now  # seconds, as all times here
         self._uploaded_at = 0.0  # 0: the request is not complete
@@ -125,8 +128,8 @@ class Exchange:
     def on_request(self, head: RequestHead, end: bool) -> None:
         service = self.service
         self._head = head
-        if end:
-            self._request_end = True
+        if end or head.protocol is not None:
+            self._request_end = end
             self._uploaded_at = self._started
         reason = service.judge(head, self.peer)
         self.request_id = service.forwarding.request(head, self.peer)
@@ -140,6 +143,9 @@ class Exchange:
             return
         if self._tunnel is not None:
             self._relay(CLIENT, chunk, end)
+            return
+        if not self._is_http():
+            self._hold_early(chunk)
             return
         service = self.service
         self._progress_at = service.clock.now
@@ -171,15 +177,17 @@ class Exchange:
             self._end_with(reason_of_client(error), error.detail)
 
     def on_front_blocked(self) -> None:
-        if self.back is not None:
+        if not self._back_is_paused:
             self._back_is_paused = True
-            self.back.pause()
+            if self.back is not None:
+                self.back.pause()
 
     def on_front_drained(self) -> None:
         self._progress_at = self.service.clock.now
-        if self.back is not None and self._back_is_paused:
+        if self._back_is_paused:
             self._back_is_paused = False
-            self.back.resume()
+            if self.back is not None:
+                self.back.resume()
 
     def _is_http(self) -> bool:
         return self._head is None or self._head.protocol is None
@@ -196,6 +204,14 @@ class Exchange:
         if chunk:
             held.append(chunk)
         if self.back is None and not self._front_is_paused:
+            self._front_is_paused = True
+            self.front.pause()
+
+    def _hold_early(self, chunk: bytes) -> None:
+        """Bytes behind a handshake may be a request in disguise: no backend sees them before it agreed."""
+        if self._held is not None and not self._response_begun:
+            self._held.append(chunk)
+        if not self._front_is_paused:
             self._front_is_paused = True
             self.front.pause()
 
@@ -229,8 +245,8 @@ class Exchange:
             return
         end = self._request_end
         held = self._held
-        if not held and self._held_trailers is None:
-            # fast path: nothing but the head so far
+        if head.protocol is not None or (not held and self._held_trailers is None):
+            # fast path: nothing but the head so far; and nothing of a tunnel before the backend has agreed
             stream.send_head(head, end and head.protocol is None)
         else:
             stream.send_head(head, False)
@@ -240,7 +256,9 @@ class Exchange:
                 stream.send_trailers(self._held_trailers)
             elif end:
                 stream.send_data(b"", True)
-        if not stream.is_reused:
+        if self._back_is_paused:
+            stream.pause()  # what the client has not read of earlier answers fills its buffer already
+        if not stream.is_reused and head.protocol is None:
             self._held = None
         if self._front_is_paused:
             self._front_is_paused = False
@@ -281,18 +299,25 @@ class Exchange:
     def on_informational(self, head: ResponseHead) -> None:
         if self.is_done:
             return
+        held, self._held = self._held, None  # the backend has begun to answer: nothing is sent again
+        self._is_told_to_continue = True
         if head.status == 101:
             limits = self.service.websocket
             if limits is None:
+                self._end_with(Reason.BACKEND_PROTOCOL, "an upgrade that is not offered any more")
                 return
             now = self.service.clock.now
             self._tunnel = Tunnel(limits, now)
             self._response_begun = True
             self._status = 101
-            self._held = None
             self.service.counters.websockets += 1
             self.service.counters.websockets_open += 1
             self.service.forwarding.response(head, self.service.wall_s())
+            self.front.send_informational(head)
+            for chunk in held or ():
+                self._relay(CLIENT, chunk, False)
+            self.on_back_drained()
+            return
         self.front.send_informational(head)
 
     def on_response(self, head: ResponseHead, end: bool) -> None:
@@ -301,6 +326,8 @@ class Exchange:
         service = self.service
         self._response_begun = True
         self._held = None
+        if not self._is_http():
+            self._request_end = True  # the upgrade was declined, and a handshake has no body
         self._progress_at = service.clock.now
         self._status = head.status
         service.forwarding.response(head, service.wall_s())
@@ -432,10 +459,10 @@ class Exchange:
             self._let_go()
             self._finish()
             self.front.abort(None)
-        elif reason is Reason.CLIENT_CLOSED:
+        elif status_of(reason) == _NEVER_SENT:
             self._note(reason)
             self._let_go()
-            self._status = 499
+            self._status = _NEVER_SENT
             self._finish()
             self.front.abort(None)
         else:
@@ -513,10 +540,8 @@ class Exchange:
         if backend is not None:
             backend.in_flight -= 1
             self._backend = None
-            if self.back is not None or status == 499:
-                backend.responses[status // 100 if 100 <= status < 600 and status != 499 else 0] += 1
-            else:
-                backend.responses[0] += 1
+            has_answered = self.back is not None and status != _NEVER_SENT
+            backend.responses[status // 100 if has_answered else 0] += 1
         if self._tunnel is not None:
             counters.websockets_open -= 1
             self._tunnel = None
@@ -543,7 +568,7 @@ class Exchange:
             if self._uploaded_at and now - self._uploaded_at > timeouts.head:
                 self._end_with(Reason.HEAD_TIMEOUT, "no response head in time")
                 return
-        if self._request_end and not self._response_begun:
+        if self._uploaded_at and not self._response_begun:
             return
         unsent = self.front.unsent() + (self.back.unsent() if self.back is not None else 0)
         if unsent != self._unsent:
@@ -556,16 +581,28 @@ class Exchange:
 
     def _stalled(self) -> Reason:
         """No body moved for too long: whose fault is it?"""
-        if not self._request_end and not self._front_is_paused and not self._response_begun:
+        is_clients_turn = not self._request_end and not self._front_is_paused and not self._awaits_continue()
+        if is_clients_turn and not self._response_begun:
             return Reason.SLOW_BODY
         if self._response_begun and self._back_is_paused:
             return Reason.SLOW_READER
         return Reason.BODY_TIMEOUT
 
+    def _awaits_continue(self) -> bool:
+        """The client asked before sending its body (RFC 9110 10.1.1) and has not been told."""
+        head = self._head
+        return (
+            head is not None
+            and head.expects_continue
+            and not self._is_told_to_continue
+            and not self._body_bytes
+        )
+
     def _sweep_rate(self, now: float) -> None:
         """A trickle that never stops is as bad as a stall: measure the upload over whole windows."""
         service = self.service
-        if not service.min_body_bps or self._front_is_paused or self._response_begun:
+        is_held_up = self._front_is_paused or self._response_begun or self._awaits_continue()
+        if not service.min_body_bps or is_held_up:
             self._rate_from = now
             self._rate_bytes = self._body_bytes
             return

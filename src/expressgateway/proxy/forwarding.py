@@ -35,6 +35,7 @@ _OURS: Final = frozenset(
         b"via",
         b"x-request-id",
         b"traceparent",
+        b"tracestate",
     }
 )
 
@@ -186,6 +187,7 @@ class Forwarding:
         chain: list[bytes] = []
         forwarded: list[bytes] = []
         via: list[bytes] = []
+        states: list[Field] = []
         proto = host = b""
         peer.kept_request_id = b""
         peer.kept_trace = None
@@ -200,6 +202,8 @@ class Forwarding:
                 base.append(field)
             elif name == b"via":
                 via.append(field[1])
+            elif name == b"tracestate":
+                states.append(field)
             elif name == b"traceparent":
                 match = _TRACEPARENT.fullmatch(field[1])
                 if match is not None and match[1].strip(b"0") and match[2].strip(b"0"):
@@ -218,6 +222,8 @@ class Forwarding:
                 forwarded.append(field[1])
             elif name == b"x-request-id" and _REQUEST_ID.fullmatch(field[1]):
                 peer.kept_request_id = field[1]
+        if peer.kept_trace is not None:
+            base.extend(states)  # the state of a trace we begin anew means nothing: W3C Trace Context 4.3
         if self._x_forwarded:
             base.append((b"x-forwarded-for", b", ".join((*chain, peer.ip))))
             base.append((b"x-forwarded-proto", proto or peer.scheme))

@@ -6,11 +6,14 @@ leaves finishes its exchanges and closes its idle connections.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 from expressgateway.observe.counters import Tally
 from expressgateway.upstream.backend import Backend, BackendSettings, SocketAddress
 from expressgateway.upstream.errors import Fault
 from expressgateway.upstream.selection import POLICIES, Selection
+
+_TURNS: Final = 8  # asked of a policy before its order of preference is walked
 
 Attach = Callable[[Backend], None]
 
@@ -78,6 +81,12 @@ class Pool:
         if backend is not None:
             if backend.is_available and backend not in tried:
                 return backend
+            # A policy that takes turns goes on to the next turn, so that the share of one that is down is
+            # spread evenly; one that goes by a key repeats itself and is asked for its second choice.
+            for _ in range(min(len(self.backends), _TURNS)):
+                other = self.selection.pick(key)
+                if other is not None and other.is_available and other not in tried:
+                    return other
             for other in self.selection.others(backend):
                 if other.is_available and other not in tried:
                     return other

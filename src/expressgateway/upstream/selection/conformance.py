@@ -6,8 +6,9 @@ would name: a callable that builds a selection from a sequence of backends. A br
 
 Words: a policy is *exact* if over one *round* - as many picks as the weights, divided by their greatest
 common divisor, add up to - every backend has exactly its share; it is *smooth* if no backend is ever more
-than one turn ahead of or behind its share. Policies of chance or of load are neither: they are held to the shares within
-``tolerance`` over many picks. A *determined* policy gives the same picks to two selections built alike.
+than one turn ahead of or behind its share. Policies of chance or of load are neither: they are held to the
+shares within ``tolerance`` over many picks. A *determined* policy gives the same picks to two selections
+built alike.
 """
 
 from collections import Counter

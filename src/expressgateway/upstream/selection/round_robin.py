@@ -9,14 +9,14 @@ from expressgateway.upstream.selection.weighted_round_robin import WeightedRound
 class RoundRobin:
     __slots__ = ("_backends", "_next", "_weighted")
 
-    def __init__(self, backends: Sequence[Backend], last: str | None = None) -> None:
-        """``last``: the id of the backend that had the last turn, so that a change of the set goes on."""
+    def __init__(self, backends: Sequence[Backend], turns: Sequence[str] = ()) -> None:
+        """``turns``: ids in the order of their coming turns, so that a changed set goes on from there."""
         self._backends = [backend for backend in backends if backend.weight > 0]
         self._weighted = (
             WeightedRoundRobin(self._backends) if len({b.weight for b in self._backends}) > 1 else None
         )
-        ids = [backend.id for backend in self._backends]
-        self._next = (ids.index(last) + 1) % len(ids) if last in ids else 0
+        index_of = {backend.id: index for index, backend in enumerate(self._backends)}
+        self._next = next((index_of[id_] for id_ in turns if id_ in index_of), 0)
 
     def pick(self, key: bytes | None) -> Backend | None:
         if self._weighted is not None:
@@ -37,8 +37,9 @@ class RoundRobin:
                 yield backend
 
     def rebuilt(self, backends: Sequence[Backend]) -> "RoundRobin":
-        last = self._backends[self._next - 1].id if self._backends else None
-        new = RoundRobin(backends, last)
+        at = self._next
+        turns = [backend.id for backend in (*self._backends[at:], *self._backends[:at])]
+        new = RoundRobin(backends, turns)
         if new._weighted is not None and self._weighted is not None:
             new._weighted = self._weighted.rebuilt(new._backends)
         return new

@@ -81,5 +81,10 @@ class WeightedRoundRobin:
                 credits[index_of[backend.id]] -= self._total
         else:
             credits = self._credits  # noqa: A001
-        carried = {backend.id: credit for backend, credit in zip(self._backends, credits, strict=True)}
+        # Credits are shares of the old sum of weights; as such they carry over to the new one.
+        total = sum(backend.weight for backend in backends)
+        carried = {
+            backend.id: int(credit * total / self._total)
+            for backend, credit in zip(self._backends, credits, strict=True)
+        }
         return WeightedRoundRobin(backends, carried)

@@ -104,7 +104,7 @@ class ChunkReader:
     def _size(self, data: bytes, at: int) -> int:
         eol = data.find(b"\r\n", at, at + MAX_CHUNK_LINE + 2)
         if eol < 0:
-            if len(data) - at > MAX_CHUNK_LINE or b"\n" in data[at : at + MAX_CHUNK_LINE]:
+            if len(data) - at > MAX_CHUNK_LINE + 1 or b"\n" in data[at : at + MAX_CHUNK_LINE]:
                 raise FramingError("a bad chunk size line")
             return -1
         match = _CHUNK_LINE.fullmatch(data, at, eol)
@@ -142,9 +142,9 @@ class ChunkReader:
     def _trailers(self, data: bytes, at: int) -> int:
         # ``at`` stands on the CRLF that ends the last chunk's line; a blank line ends the section.
         end = data.find(b"\r\n\r\n", at)
+        if (end if end >= 0 else len(data)) - at > MAX_TRAILER_BYTES:
+            raise HeadTooLargeError(f"a trailer section of more than {MAX_TRAILER_BYTES} bytes")
         if end < 0:
-            if len(data) - at > MAX_TRAILER_BYTES:
-                raise HeadTooLargeError(f"a trailer section of more than {MAX_TRAILER_BYTES} bytes")
             return -1
         fields = self.fields.read_trailers(data[at + 2 : end]) if end > at else ()
         if fields:

@@ -82,9 +82,11 @@ class H1Client:
 
     __slots__ = (
         "_body",
+        "_has_begun",
         "_held",
         "_informational",
         "_is_head",
+        "_is_last",
         "_left",
         "_searched",
         "_sink",
@@ -108,6 +110,7 @@ class H1Client:
         self.out: list[bytes] = []  # bounded by the exchange: it stops its client at the high mark
         self.is_reused = False
         self.keep_alive_hint = b""  # the last Keep-Alive value the backend sent
+        self._is_last = False  # no exchange follows the current one
         # Exchange
         self.reading = IDLE
         self.writing = Writing.IDLE
@@ -119,6 +122,7 @@ class H1Client:
         self._is_head = False
         self._wants_upgrade = False
         self._informational = 0
+        self._has_begun = False  # a byte of an answer has come
 
     # -- writing: the client stream --------------------------------------------------------------------
 
@@ -128,6 +132,7 @@ class H1Client:
         self.reading = HEAD
         self.writing = Writing.IDLE
         self._informational = 0
+        self._has_begun = False
 
     def send_head(self, head: RequestHead, end: bool) -> None:
         """The request's head. A body without a declared length is sent in chunks."""
@@ -146,6 +151,9 @@ class H1Client:
         ]
         for name, value in head.headers:
             lines.append(name + b": " + value + b"\r\n")
+        if end and length:
+            self._fail(FramingError("a request without the body that it declares"))
+            return
         self._wants_upgrade = head.protocol is not None
         if head.protocol is not None:
             lines.append(b"connection: upgrade\r\nupgrade: " + head.protocol + b"\r\n\r\n")
@@ -188,6 +196,9 @@ class H1Client:
                 self._write(b"0\r\n\r\n")
             elif writing is WRITE_TUNNEL:
                 self.shell.half_close()
+            elif self._left:
+                self._fail(FramingError("a request body shorter than was declared"))
+                return
             self._request_done()
 
     def send_trailers(self, fields: Fields) -> None:
@@ -257,6 +268,7 @@ class H1Client:
 
     def _receive(self, data: bytes) -> None:
         while data:
+            self._has_begun = True
             reading = self.reading
             if reading is HEAD:
                 rest = self._receive_head(data)
@@ -313,10 +325,15 @@ class H1Client:
         if status < 200:
             self._on_informational(head, section, sink)
             return data[at:]
+        if self._wants_upgrade:
+            # Declined: this was a request without a body. The connection is not used again all the same,
+            # for it was offered for something else.
+            self.writing = WRITTEN
+            self._is_last = True
         if section.keep_alive_hint:
             self.keep_alive_hint = section.keep_alive_hint
         if section.close or (version == b"1.0" and not section.keep_alive):
-            self.keep_alive_hint = b"close"
+            self._is_last = True
         if section.chunked and version == b"1.0":
             raise FramingError("Transfer-Encoding from an HTTP/1.0 backend")
         if self._is_head or status == 204 or status == 304 or section.content_length == 0:
@@ -351,7 +368,7 @@ class H1Client:
             if not self._wants_upgrade or section.upgrade != WEBSOCKET:
                 raise MalformedError("an upgrade that was not asked for")
             self.reading = TUNNEL
-            self.keep_alive_hint = b"close"
+            self._is_last = True
         sink.on_informational(head)
 
     def _on_data(self, chunk: bytes, end: bool) -> None:
@@ -382,7 +399,7 @@ class H1Client:
 
     def _exchange_done(self) -> None:
         self._sink = None
-        is_reusable = self.keep_alive_hint != b"close"
+        is_reusable = not self._is_last
         self.reading = IDLE if is_reusable else BROKEN
         self.is_reused = True
         self.shell.exchange_done(is_reusable)
@@ -392,16 +409,19 @@ class H1Client:
         if self.reading is TUNNEL:
             self._on_data(b"", True)
         elif self.reading is BODY and isinstance(self._body, CloseReader):
-            self.keep_alive_hint = b"close"
+            self._is_last = True
             self._on_data(b"", True)
-        elif self.reading is HEAD and not self._held:
+        elif self.reading is HEAD and not self._has_begun:
             self._fail(PeerClosedError("the backend closed the connection before it answered"))
         else:
             self._fail(TruncatedError("the backend closed the connection inside its response"))
 
     def receive_reset(self) -> None:
         """The connection is gone. Never raises."""
-        self._fail(PeerClosedError("the backend reset the connection"))
+        if self._has_begun:
+            self._fail(TruncatedError("the backend reset the connection inside its response"))
+        else:
+            self._fail(PeerClosedError("the backend reset the connection"))
 
     def _fail(self, error: WireError) -> None:
         self.reading = BROKEN

@@ -288,7 +288,8 @@ class FieldReader:
                     section.expects_continue = True
                 headers.append(entry[0])
             case Kind.UPGRADE:
-                section.upgrade = value.lower()
+                # A list over several lines is one list (RFC 9110 5.3).
+                section.upgrade += b", " + value.lower() if section.upgrade else value.lower()
             case Kind.HOP:
                 if name == b"keep-alive":
                     section.keep_alive_hint = value

@@ -18,6 +18,7 @@ from expressgateway.wire.errors import (
     HeadTooLargeError,
     MalformedError,
     PeerClosedError,
+    TargetTooLongError,
     TruncatedError,
     WireError,
 )
@@ -212,7 +213,7 @@ class H1Server:
                 self._check_partial(self._held)
                 return None
         if end > limits.max_head_bytes:
-            raise HeadTooLargeError(f"a head of more than {limits.max_head_bytes} bytes")
+            raise self._too_large(data)
         start = 0
         if data.startswith(b"\r\n"):
             start = 2
@@ -227,16 +228,21 @@ class H1Server:
     def _check_partial(self, held: bytearray) -> None:
         """Judge an incomplete head early: its size, and whether its first line can become a request."""
         limits = self.limits
-        if len(held) > limits.max_head_bytes:
-            eol = held.find(b"\r\n")
-            if eol < 0 or eol > limits.max_target_bytes:
-                read_request_line(bytes(held[: limits.max_target_bytes + 64]), limits.max_target_bytes)
-            raise HeadTooLargeError(f"a head of more than {limits.max_head_bytes} bytes")
+        if len(held) > limits.max_head_bytes + 3:  # the end may lack its last byte only
+            raise self._too_large(bytes(held))
         first = held[0]
         if first <= 0x20 and first != 0x0D:
             raise MalformedError("a request that does not begin with a method")
         if b"\n" in held and held.find(b"\n") != held.find(b"\r\n") + 1:
             raise MalformedError("a bare LF in the head")
+
+    def _too_large(self, head: bytes) -> WireError:
+        """Which part of a head is too large: the target (414), or the fields (431)?"""
+        limits = self.limits
+        eol = head.find(b"\r\n", 0, limits.max_target_bytes + 64)
+        if eol < 0:
+            return TargetTooLongError(f"a request line of more than {limits.max_target_bytes} bytes")
+        return HeadTooLargeError(f"a head of more than {limits.max_head_bytes} bytes")
 
     def _on_head(self, line: bytes, block: bytes) -> None:
         limits = self.limits
@@ -278,9 +284,11 @@ class H1Server:
         self._sink = sink
         self._body = body
         self.writing = IDLE
-        if body is None and head.protocol is None:
+        if body is None:
+            # What comes after a handshake is held back like a pipelined request: it may be one, if the
+            # backend declines, and must not reach it unseen.
             self.reading = READ_DONE
-            sink.on_request(head, True)
+            sink.on_request(head, head.protocol is None)
         else:
             self.reading = BODY
             sink.on_request(head, False)
@@ -386,13 +394,18 @@ class H1Server:
         lines = [status_line(head.status), lines_of(head.shared)]
         if head.status == 101:
             lines.append(b"connection: upgrade\r\nupgrade: websocket\r\n")
-            self.reading = TUNNEL if self.reading is not DISCARD else DISCARD
             self.writing = CLOSE
             self.close_after = True
         for name, value in head.headers:
             lines.append(name + b": " + value + b"\r\n")
         lines.append(b"\r\n")
         self._write(b"".join(lines))
+        if head.status == 101 and self.reading is READ_DONE:
+            self.reading = TUNNEL
+            early = self.take_pipelined()
+            if early:
+                self._on_data(early, False)
+            self.shell.resume_reading()
 
     def send_head(self, head: ResponseHead, end: bool) -> None:
         """The final head. Framing follows from the request, the status and the declared length."""
@@ -499,6 +512,7 @@ class H1Server:
             return
         self.reading = HEAD
         self.writing = IDLE
+        self.is_head = False
         self.shell.exchange_done(True)
 
     def take_pipelined(self) -> bytes:
