@@ -277,6 +277,8 @@ for _name, _body in (
     ("size ends with CR CR LF", b"5\r\r\nhello\r\n0\r\n\r\n"),
     ("data ends with a bare LF", b"5\r\nhello\n0\r\n\r\n"),
     ("data ends with a bare CR", b"5\r\nhello\r0\r\n\r\n"),
+    ("another byte for the CR after the data", b"5\r\nhelloX\n0\r\n\r\n"),
+    ("another byte for the LF after the data", b"5\r\nhello\rX0\r\n\r\n"),
     ("data longer than its size", b"5\r\nhello!\r\n0\r\n\r\n"),
     ("data shorter than its size", b"6\r\nhello\r\n0\r\n\r\n"),
     ("no CRLF after the data", b"5\r\nhello0\r\n\r\n"),

@@ -131,10 +131,11 @@ ABUSE: list[tuple[str, bytes, int, str]] = [
 
 
 def test_abuse_ends_the_session_with_its_code(tmp_path: Path) -> None:
-    """Both sides are told; the backend gets whole frames and the Close, never the frame that broke the rule."""
+    """Both sides are told; the backend gets whole frames and the Close, never the frame that did it."""
     port = free_port()
     sessions = Sessions()
     limits = _LIMITS.format(idle=60, frame=60)
+    hello = frame(TEXT, b"hello")
     with (
         Backend(sessions.serve) as backend,
         Gateway(tmp_path, listener(port, backend, limits), runtime=_RUNTIME) as gateway,
@@ -143,7 +144,6 @@ def test_abuse_ends_the_session_with_its_code(tmp_path: Path) -> None:
         for name, abuse, code, kind in ABUSE:
             before = gateway.metric("security_events_total", listener="web", kind=kind)
             closed = gateway.metric("websocket_closed_total", listener="web", code=str(code))
-            hello = frame(TEXT, b"hello")
             with opened(port) as client:
                 client.send(hello)
                 eventually(lambda: sessions.received[-1:] == [hello], "the session works", 5)
@@ -153,9 +153,7 @@ def test_abuse_ends_the_session_with_its_code(tmp_path: Path) -> None:
             assert gateway.metric("websocket_closed_total", code=str(code)) == closed + 1, name
             received = bytes(sessions.received[-1])
             assert received.startswith(hello)
-            close_at = received.rfind(bytes((CLOSE, 0x80 | 2))[:1])
             assert unmasked_close_code(_last_frame(received)) == code, name
-            assert close_at > 0
         eventually(lambda: gateway.metric("websocket_sessions_open") == 0, "all sessions are over")
 
 
@@ -182,7 +180,7 @@ def test_pings_under_the_rate_pass(tmp_path: Path) -> None:
         largest = frame(TEXT, b"x" * 1000)
         with opened(port) as client:
             client.send(pings + largest)
-            eventually(lambda: bytes(sessions.received[-1]) == pings + largest, "they arrived", 5)
+            eventually(lambda: sessions.received[-1:] == [pings + largest], "they arrived", 5)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +238,7 @@ def test_silence_ends_the_session(tmp_path: Path) -> None:
 
 
 def test_nothing_switches_before_the_backend_has(tmp_path: Path) -> None:
-    """A request right behind the handshake of a backend that declines is a request, not the tunnel's bytes."""
+    """A request right behind a handshake that is declined is a request, not the tunnel's bytes."""
     port = free_port()
 
     def serve(connection: BackendConnection) -> None:

@@ -85,6 +85,21 @@ class TestHandshake:
             seen += world.work.connection.h11.trailing_data[0]
         assert b"smuggled" not in seen
 
+    @pytest.mark.parametrize("interim", [False, True])
+    def test_what_came_early_follows_once_it_has(self, cell: Cell, interim: bool) -> None:
+        world = World(*cell)
+        client = world.client()
+        client.request(headers=KEY, upgrade=True)
+        early = frame(Opcode.TEXT, b"early", mask=True)
+        client.data(early)
+        if interim:
+            world.work.interim(103)
+        world.work.accept()
+        later = frame(Opcode.TEXT, b"later", mask=True)
+        client.data(later)
+        assert world.work.raw == early + later
+        assert client.pauses[-1:] in ([], ["resume"])
+
     def test_without_the_block_it_is_plain_http(self, cell: Cell) -> None:
         if cell[0] != "h1":
             pytest.skip("extended CONNECT is not offered then")

@@ -97,6 +97,13 @@ class TestWriting:
         world.feed(OK)
         assert not world.is_reusable
 
+    def test_a_body_shorter_than_declared_that_ends_with_trailers(self) -> None:
+        world = ClientWorld().ask(request(b"POST", content_length=5), end=False)
+        world.codec.send_data(b"hel", False)
+        world.codec.send_trailers(((b"x-sum", b"1"),))
+        world.feed(OK)
+        assert not world.is_reusable
+
     def test_an_end_with_the_head_but_a_declared_length(self) -> None:
         world = ClientWorld().ask(request(b"POST", content_length=5), end=True)
         world.feed(OK)

@@ -89,7 +89,8 @@ class TestServer:
             world.feed(piece)
             if world.exchanges and data.draw(st.integers(0, 5)) == 0:
                 stream = world.codec
-                head = ResponseHead(data.draw(st.sampled_from([100, 101, 103])), ())
+                asked = world.exchange.request is not None and world.exchange.request.protocol is not None
+                head = ResponseHead(data.draw(st.sampled_from([100, 103, 101] if asked else [100, 103])), ())
                 if world.exchange.error is None and stream._sink is not None:
                     stream.send_informational(head)
         ending = data.draw(st.sampled_from(["eof", "reset", "abort", "close"]))
@@ -299,6 +300,8 @@ class TestAgainstLlhttp:
                 assert head.path == one.target
             assert exchange.payload == one.body
             mine = list(head.headers)
-            assert [field for field in one.fields if field in mine] == mine
+            # llhttp leaves the blanks at a value's end, which are not part of it (RFC 9110 5.5).
+            stripped = [(name, value.strip(b" \t")) for name, value in one.fields]
+            assert [each for each in stripped if each in mine] == mine
             if one.host:
                 assert head.authority == one.host.strip().lower()

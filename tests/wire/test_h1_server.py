@@ -263,6 +263,15 @@ class TestHead:
             (b"GET", b"/4", b"b", b"2"),
         ]
 
+    def test_a_known_section_does_not_excuse_another_target(self) -> None:
+        """The authority of a section that was judged before is still held against an absolute target."""
+        world = ServerWorld()
+        world.feed(b"GET /1 HTTP/1.1\r\nHost: a\r\nX: 1\r\n\r\n" * 4)
+        world.feed(b"GET http://a/ok HTTP/1.1\r\nHost: a\r\nX: 1\r\n\r\n")
+        world.feed(b"GET http://b/evil HTTP/1.1\r\nHost: a\r\nX: 1\r\n\r\n")
+        assert len(world.exchanges) == 5
+        assert [error.status for error in world.shell.refusals] == [400]
+
     def test_a_body_is_not_remembered_by_the_section_cache(self) -> None:
         raw = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n"
         world = ServerWorld().feed(raw + b"ab", raw + b"cd", raw, b"e", b"f")

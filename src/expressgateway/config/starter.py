@@ -13,7 +13,7 @@ STARTER: Final = """\
 
 [[listeners]]
 name = "web"
-address = "127.0.0.1:8080"      # "0.0.0.0:8080" or "[::]:8080" for every interface
+address = "127.0.0.1:8080"      # "0.0.0.0:8080" for every IPv4 interface, "[::]:8080" for IPv6
 protocol = "h1"                 # h1: HTTP in clear text; h1s: HTTP over TLS; tcp, tls, udp: relays
 
 [[listeners.backends]]

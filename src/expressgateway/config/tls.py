@@ -13,6 +13,10 @@ from expressgateway.config.values import LIST, Address, Block, Fault, FilePath, 
 _ALPN = Annotated[str, Matches("an ALPN name of 1 to 255 characters", r"[!-~]{1,255}")]
 
 
+MAX_TICKET_KEYS = 62
+"""Session ticket keys that are kept beside the newest one, at most."""
+
+
 class Certificate(Block):
     """One certificate chain and its private key."""
 
@@ -56,6 +60,14 @@ class ListenerTls(Block):
                 f'client_auth = "{self.client_auth}" needs client_ca_path',
                 "name the CA bundle that signs the clients' certificates",
                 depends=(("client_ca_path",),),
+            )
+        longest_s = MAX_TICKET_KEYS * self.ticket_rotation_interval_seconds
+        if self.ticket_rotation_overlap_seconds > longest_s:
+            yield Fault(
+                ("ticket_rotation_overlap_seconds",),
+                f"an overlap of more than {MAX_TICKET_KEYS} rotations would keep too many keys",
+                f"expected at most {longest_s} seconds, or a longer ticket_rotation_interval_seconds",
+                depends=(("ticket_rotation_interval_seconds",),),
             )
         if self.client_auth == "none" and self.client_ca_path is not None:
             yield Fault(

@@ -351,7 +351,7 @@ def _check_host_name(host: str, shown_text: str) -> None:
         if not host.isascii():
             hint = "write an international name in its ASCII form, which begins with xn--"
         elif host == "*":
-            hint = 'to listen on every interface write "0.0.0.0:PORT" or "[::]:PORT"'
+            hint = 'to listen on every interface write "0.0.0.0:PORT" (IPv4) or "[::]:PORT" (IPv6)'
         elif "/" in host:
             hint = "leave out the scheme and the path: an address is a host and a port"
         raise BadValueError(f"{_ADDRESS_FORM}, found {shown_text}", hint)
@@ -398,7 +398,7 @@ class Address:
             raise BadValueError(f"{found} has no port", hint)
         if not host:
             raise BadValueError(
-                f"{found} has no host", 'to listen on every interface write "0.0.0.0:PORT" or "[::]:PORT"'
+                f"{found} has no host", 'to listen on every interface write "0.0.0.0:PORT" (IPv4) or "[::]:PORT" (IPv6)'
             )
         if not (port.isascii() and port.isdigit()) or len(port) > 5 or not 1 <= int(port) <= 65535:
             raise BadValueError(f"expected a port from 1 to 65535, found {shown(port)}")

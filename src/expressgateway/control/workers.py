@@ -337,9 +337,12 @@ class Fleet:
     async def drain(self, budget_s: float) -> None:
         """Have all workers stop accepting, finish, and exit; kill what is left after `budget_s`.
 
-        Closes the listening sockets as soon as no worker accepts from them.
+        Closes the supervisor's ends of the listening sockets, so that a worker's close ends the listening.
         """
         self._is_stopping.set()
+        # Before the workers: who closes a listening socket last resets what is in its queue, and only they
+        # can empty it first.
+        self.close_sockets()
         draining: list[Worker] = []
         for worker in list(self.workers):
             if worker.state is SERVING:
@@ -351,7 +354,6 @@ class Fleet:
         stopped = [worker.stopped_accepting for worker in draining]
         if stopped:
             await asyncio.wait(stopped, timeout=min(self._timing.close_s, budget_s))
-        self.close_sockets()
         if self._keepers:
             left_s = max(0.0, ended - asyncio.get_running_loop().time())
             _, late = await asyncio.wait(self._keepers, timeout=left_s)

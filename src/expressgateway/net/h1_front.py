@@ -1,18 +1,20 @@
 """One client's HTTP/1 connection: the stream's owner, the codec's shell, the home of its exchanges."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from expressgateway.net.stream import Stream
 from expressgateway.proxy.errors import DeadlineError, Reason
 from expressgateway.proxy.exchange import Exchange
 from expressgateway.proxy.forwarding import Peer
 from expressgateway.wire.errors import WireError
-from expressgateway.wire.h1.server import DISCARD, HEAD, H1Server
+from expressgateway.wire.h1.server import DISCARD, HEAD, IDLE, H1Server
 from expressgateway.wire.head import RequestHead
 from expressgateway.wire.sinks import ServerStream
 
 if TYPE_CHECKING:
     from expressgateway.net.http_listener import HttpListener
+
+PARTING_S: Final = 1.0  # a drain leaves a connection so long without a request before it closes it
 
 
 class H1FrontConnection:
@@ -164,8 +166,6 @@ class H1FrontConnection:
             # Without an end to its request the client is still sending: closing at once would destroy our
             # answer on its way.
             self._begin_close(linger=self._ends_linger or (exchange is not None and exchange.is_cut_short))
-        elif self._is_draining:
-            self._begin_close(linger=False)
         elif not self._is_receiving:
             self._next()
 
@@ -202,10 +202,21 @@ class H1FrontConnection:
         self.wake()
 
     def drain(self) -> None:
-        """Take no more requests: the answer under way says so, an idle connection closes."""
+        """Take one more request at most: its answer says so. A connection that is idle closes.
+
+        Not at once if it was busy a moment ago: its next request may be on its way, and would be lost.
+        """
         self._is_draining = True
-        self.codec.close_after = True
-        if self.codec.is_idle and not self._is_closing:
+        if self.codec.writing is IDLE:
+            self.codec.close_after = True
+        if self.codec.is_idle:
+            self._close_if_idle(self._listener.reactor.now)
+
+    def _close_if_idle(self, now: float) -> None:
+        limit_s = self._listener.service.timeouts.idle
+        if self._is_draining and self.codec.is_idle:
+            limit_s = min(limit_s, PARTING_S)
+        if not self._is_closing and now - self._idle_since > limit_s:
             self._begin_close(linger=False)
 
     def go_away(self) -> None:
@@ -239,8 +250,8 @@ class H1FrontConnection:
             if now - self._head_since > timeouts.header:
                 self._head_since = 0.0
                 self.codec.fail(DeadlineError(Reason.SLOW_HEAD))
-        elif now - self._idle_since > timeouts.idle:
-            self._begin_close(linger=False)
+        else:
+            self._close_if_idle(now)
 
     def _slow_reader(self) -> None:
         exchange = self.exchange

@@ -10,6 +10,7 @@ import errno
 import ipaddress
 import logging
 import random
+import select
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 limited: Final = Limited(log)
 
 _ACCEPTS: Final = 64  # per event: other connections want their turn, too
+_LAST_ACCEPTS: Final = 256  # batches before the socket is closed: more than the longest queue
 _BACKOFF_S: Final = 0.01
 _MAX_BACKOFF_S: Final = 1.0
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -106,12 +108,22 @@ class Listener:
         self.reactor.add(self._sock.fileno(), IN, self._on_ready)
 
     def stop(self) -> None:
-        """Accept what is in the queue already, then close. Established connections go on."""
+        """Accept what is in the queue already, then close. Established connections go on.
+
+        The supervisor holds a copy of the descriptor: only ``shutdown`` makes the kernel refuse what comes
+        later, instead of queueing it for nobody.
+        """
         if self._is_accepting:
             self._is_accepting = False
             self._is_draining = False
-            self._on_ready(0)
+            for _ in range(_LAST_ACCEPTS):
+                if self._accept():
+                    break
             self.reactor.remove(self._sock.fileno())
+            try:
+                self._sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
         self._sock.close()
 
     def drain(self) -> None:
@@ -145,22 +157,27 @@ class Listener:
     # -- accepting -------------------------------------------------------------------------------------
 
     def _on_ready(self, events: int) -> None:
+        self._accept()
+
+    def _accept(self) -> bool:
+        """Take some connections in; True: there are no more, or no room for them."""
         accept = self._sock.accept
         for _ in range(_ACCEPTS):
             try:
                 sock, address = accept()
             except BlockingIOError:
-                return
+                return True
             except OSError as error:
                 kind = errno.errorcode.get(error.errno or 0, "other")
                 self.counters.accept_errors.add(kind)
                 if error.errno in _EXHAUSTED:
                     self._pause_accepting(kind)
-                    return
+                    return True
                 continue
             self._backoff_s = _BACKOFF_S
             sock.setblocking(False)
             self._enter(sock, address)
+        return False
 
     def _pause_accepting(self, kind: str) -> None:
         if not self._is_accepting:
@@ -259,6 +276,10 @@ class _Introduction:
             parsed = parse(seen)
         except ProxyProtocolError as error:
             self._refuse("proxy_header_bad", str(error))
+            return
+        if parsed is None and events & ~select.EPOLLIN:
+            # The rest cannot come any more, and the kernel would report that again and again.
+            self._refuse("proxy_header_missing")
             return
         if parsed is None:
             # Not readable again before there is more than we have seen.

@@ -243,7 +243,7 @@ class Runtime:
             # Spread over the jitter, so that not every client of every instance comes back at once.
             await asyncio.sleep(random.uniform(0, each.config.drain_jitter_ms / 1000))
         listener.drain()
-        while listener.open and self._loop.time() < ends:
+        while listener.open and self._loop.time() < ends:  # noqa: ASYNC110 - nobody signals the last one
             await asyncio.sleep(min(self._tick_s, 0.05))
         left = listener.go_away()
         if left:

@@ -1,0 +1,78 @@
+"""Steady load from threads: keep-alive clients that count what became of every request."""
+
+import threading
+from collections import Counter
+from typing import Self
+
+from tests.e2e.harness import Client
+
+REQUEST = b"GET /load HTTP/1.1\r\nHost: a.example\r\n\r\n"
+
+
+class Load:
+    """Clients that ask, one after the other, until the block ends or nobody listens any more.
+
+    ``answers`` counts statuses, ``bodies`` what was said; ``broken`` are requests that were sent and not
+    answered completely, ``told`` connections whose last answer said ``close``.
+    """
+
+    def __init__(self, port: int, clients: int = 8) -> None:
+        self.port = port
+        self.answers: Counter[int] = Counter()
+        self.bodies: Counter[bytes] = Counter()
+        self.broken: list[str] = []
+        self.told = 0
+        self.refused = 0
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._work) for _ in range(clients)]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self.join()
+
+    def join(self) -> None:
+        """Wait until every client has stopped."""
+        for thread in self._threads:
+            thread.join(30)
+            if thread.is_alive():
+                raise AssertionError("a client hangs")
+
+    @property
+    def total(self) -> int:
+        return self.answers.total()
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            try:
+                client = Client(self.port)
+            except ConnectionRefusedError:
+                self.refused += 1
+                return
+            except OSError as error:
+                self.broken.append(f"connect: {error!r}")
+                continue
+            with client:
+                self._ask(client)
+
+    def _ask(self, client: Client) -> None:
+        asked = 0
+        while not self._stop.is_set():
+            asked += 1
+            try:
+                client.send(REQUEST)
+                status, headers, body = client.response()
+            except (OSError, AssertionError) as error:
+                self.broken.append(f"request {asked} of its connection: {error!r}")
+                return
+            with self._lock:
+                self.answers[status] += 1
+                self.bodies[body] += 1
+            if headers.get("connection") == "close":
+                self.told += 1
+                return
