@@ -77,6 +77,8 @@ class Gateway:
         self.path = directory / "gateway.toml"
         self.admin = free_port()
         self.log_path = directory / "gateway.log"
+        self.interpreter = sys.executable
+        self.environment = {**os.environ, "LB_LOG_FORMAT": "json", "LB_LOG_LEVEL": "info"}
         self._head = (
             f"[runtime]\nworkers = {workers}\n"
             + ("" if "readiness_settle_ms" in runtime else "readiness_settle_ms = 0\n")
@@ -92,11 +94,11 @@ class Gateway:
     def __enter__(self) -> Self:
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "expressgateway", str(self.path)],
+                [self.interpreter, "-m", "expressgateway", str(self.path)],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "LB_LOG_FORMAT": "json", "LB_LOG_LEVEL": "info"},
+                env=self.environment,
             )
         eventually(self._is_ready, "the gateway is ready")
         return self

@@ -398,7 +398,8 @@ class Address:
             raise BadValueError(f"{found} has no port", hint)
         if not host:
             raise BadValueError(
-                f"{found} has no host", 'to listen on every interface write "0.0.0.0:PORT" (IPv4) or "[::]:PORT" (IPv6)'
+                f"{found} has no host",
+                'to listen on every interface write "0.0.0.0:PORT" (IPv4) or "[::]:PORT" (IPv6)',
             )
         if not (port.isascii() and port.isdigit()) or len(port) > 5 or not 1 <= int(port) <= 65535:
             raise BadValueError(f"expected a port from 1 to 65535, found {shown(port)}")

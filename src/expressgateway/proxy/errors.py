@@ -9,6 +9,7 @@ from typing import assert_never
 from expressgateway.upstream.errors import Fault
 from expressgateway.wire.errors import (
     AuthorityError,
+    ContradictionError,
     FramingError,
     HeadTooLargeError,
     MalformedError,
@@ -194,6 +195,7 @@ _CLIENT_ERRORS: dict[type[WireError], Reason] = {
     TrailerError: Reason.FORBIDDEN_TRAILER,
     TruncatedError: Reason.CLIENT_CLOSED,
     PeerClosedError: Reason.CLIENT_CLOSED,
+    ContradictionError: Reason.BACKEND_PROTOCOL,  # it was the backend's body
 }
 
 _BACKEND_ERRORS: dict[type[WireError], Reason] = {

@@ -58,10 +58,12 @@ class Exchange:
         "_backend",
         "_body_bytes",
         "_front_is_paused",
+        "_has_backend_begun",
         "_head",
         "_held",
         "_held_bytes",
         "_held_trailers",
+        "_is_back_blocked",
         "_is_told_to_continue",
         "_is_waiting",
         "_progress_at",
@@ -72,7 +74,6 @@ class Exchange:
         "_response_bytes",
         "_response_end",
         "_retried",
-        "_sent",
         "_started",
         "_status",
         "_tried",
@@ -109,9 +110,10 @@ class Exchange:
         self._held: list[bytes] | None = []  # the body so far; None: longer than REPLAY_BYTES
         self._held_bytes = 0
         self._held_trailers: Fields | None = None
-        self._sent = False  # what is held has been sent once
         self._front_is_paused = False
         self._back_is_paused = False
+        self._is_back_blocked = False  # it does not take what it was given
+        self._has_backend_begun = False  # an interim head, or the final one, has come
         self._body_bytes = 0
         self._response_bytes = 0
         self._is_told_to_continue = False
@@ -230,6 +232,7 @@ class Exchange:
 
     def _ask(self, backend: Backend, fresh: bool) -> None:
         if backend.connections is None:
+            self._answer(Reason.NO_BACKEND)
             return
         stream = backend.connections.lease(self, fresh)
         if stream is not None:
@@ -299,7 +302,9 @@ class Exchange:
     def on_informational(self, head: ResponseHead) -> None:
         if self.is_done:
             return
-        held, self._held = self._held, None  # the backend has begun to answer: nothing is sent again
+        self._has_backend_begun = True
+        if self._is_http():
+            self._held = None  # nothing is sent again
         self._is_told_to_continue = True
         if head.status == 101:
             limits = self.service.websocket
@@ -314,9 +319,11 @@ class Exchange:
             self.service.counters.websockets_open += 1
             self.service.forwarding.response(head, self.service.wall_s())
             self.front.send_informational(head)
+            held, self._held = self._held, None
             for chunk in held or ():
                 self._relay(CLIENT, chunk, False)
-            self.on_back_drained()
+            if not self._is_back_blocked:
+                self.on_back_drained()
             return
         self.front.send_informational(head)
 
@@ -325,6 +332,7 @@ class Exchange:
             return
         service = self.service
         self._response_begun = True
+        self._has_backend_begun = True
         self._held = None
         if not self._is_http():
             self._request_end = True  # the upgrade was declined, and a handshake has no body
@@ -371,18 +379,20 @@ class Exchange:
         Whatever is idempotent may be sent again (RFC 9110 9.2.2). Anything else only if the backend's kernel
         acknowledged none of it: then no program can have seen it.
         """
-        if stream is None or not stream.is_reused or self._retried or self._response_begun:
+        if stream is None or not stream.is_reused or self._retried or self._has_backend_begun:
             return False
         if not isinstance(error, PeerClosedError) or self._held is None or self._head is None:
             return False
         return self._head.method in _IDEMPOTENT or not stream.was_delivered()
 
     def on_back_blocked(self) -> None:
+        self._is_back_blocked = True
         if not self._front_is_paused:
             self._front_is_paused = True
             self.front.pause()
 
     def on_back_drained(self) -> None:
+        self._is_back_blocked = False
         self._progress_at = self.service.clock.now
         if self._front_is_paused and self.back is not None:
             self._front_is_paused = False
@@ -540,8 +550,10 @@ class Exchange:
         if backend is not None:
             backend.in_flight -= 1
             self._backend = None
-            has_answered = self.back is not None and status != _NEVER_SENT
-            backend.responses[status // 100 if has_answered else 0] += 1
+            if self.back is not None:
+                backend.responses[status // 100] += 1
+            elif not 400 <= status < 500:  # else it is the client's fault, and says nothing of the backend
+                backend.responses[0] += 1
         if self._tunnel is not None:
             counters.websockets_open -= 1
             self._tunnel = None

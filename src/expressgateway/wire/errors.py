@@ -84,6 +84,13 @@ class TruncatedError(WireError):
     kind = "truncated"
 
 
+class ContradictionError(WireError):
+    """A body given to us to send is longer or shorter than its declared length."""
+
+    status = 502
+    kind = "contradiction"
+
+
 class PeerClosedError(WireError):
     """The peer went away between messages, or reset the connection."""
 

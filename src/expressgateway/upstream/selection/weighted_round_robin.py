@@ -66,7 +66,7 @@ class WeightedRoundRobin:
         return backend
 
     def others(self, picked: Backend) -> Iterator[Backend]:
-        """By falling credit, which is the order in which they would have been next."""
+        """By falling credit, as far as it was computed: heavy ones first."""
         order = sorted(range(len(self._backends)), key=lambda index: -self._credits[index])
         return (self._backends[index] for index in order if self._backends[index] is not picked)
 

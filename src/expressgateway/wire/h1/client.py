@@ -208,6 +208,9 @@ class H1Client:
                 lines.append(name + b": " + value + b"\r\n")
             lines.append(b"\r\n")
             self._write(b"".join(lines))
+        elif self._left:
+            self._fail(FramingError("a request body shorter than was declared"))
+            return
         self._request_done()
 
     def _request_done(self) -> None:

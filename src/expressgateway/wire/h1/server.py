@@ -14,6 +14,7 @@ from typing import Protocol
 
 from expressgateway.wire.errors import (
     AuthorityError,
+    ContradictionError,
     FramingError,
     HeadTooLargeError,
     MalformedError,
@@ -157,13 +158,13 @@ class H1Server:
 
     @property
     def is_mid_head(self) -> bool:
-        """Part of a request's head has arrived, and not its end."""
-        return self.reading is HEAD and bool(self._held)
+        """Part of a request's head has arrived, and not its end. A stray CRLF is none (RFC 9112 2.2)."""
+        return self.reading is HEAD and len(self._held) > 0 and self._held != b"\r\n"
 
     @property
     def is_idle(self) -> bool:
         """No exchange under way and nothing of a next one received."""
-        return self.reading is HEAD and self.writing is IDLE and not self._held
+        return self.reading is HEAD and self.writing is IDLE and not self.is_mid_head
 
     def receive_data(self, data: bytes) -> None:
         """Take what the client sent. Never raises."""
@@ -457,7 +458,7 @@ class H1Server:
             if writing is LENGTH:
                 left = self._left - len(chunk)
                 if left < 0:
-                    self.abort(None)
+                    self._contradicted()
                     return
                 self._left = left
                 self._write(chunk)
@@ -487,7 +488,7 @@ class H1Server:
         if writing is CHUNKED:
             self._write(b"0\r\n\r\n")
         elif writing is LENGTH and self._left:
-            self.abort(None)
+            self._contradicted()
             return
         elif writing is DONE:
             return
@@ -502,6 +503,13 @@ class H1Server:
             self._sink = None
             self.reading = DISCARD
             self.shell.exchange_done(False)
+
+    def _contradicted(self) -> None:
+        """What there is to send is not what the head declared: it must not look complete."""
+        sink = self._sink
+        self.abort(None)
+        if sink is not None:
+            sink.on_request_abort(ContradictionError("a response that contradicts its declared length"))
 
     def _exchange_done(self) -> None:
         self._sink = None
