@@ -4,7 +4,7 @@
 """
 
 from enum import Enum
-from typing import assert_never
+from typing import Final, assert_never
 
 from expressgateway.upstream.errors import Fault
 from expressgateway.wire.errors import (
@@ -61,6 +61,23 @@ class Reason(Enum):
     HEAD_TIMEOUT = "head_timeout"
     TOTAL_TIMEOUT = "total_timeout"
     BODY_TIMEOUT = "body_timeout"
+
+
+SECURITY_KINDS: Final = {
+    Reason.MALFORMED: "malformed_request",
+    Reason.SMUGGLING: "request_smuggling",
+    Reason.BAD_AUTHORITY: "bad_authority",
+    Reason.BAD_PATH: "bad_path",
+    Reason.FORBIDDEN_TRAILER: "forbidden_trailer",
+    Reason.HEAD_TOO_LARGE: "head_too_large",
+    Reason.URI_TOO_LONG: "uri_too_long",
+    Reason.BODY_TOO_LARGE: "body_too_large",
+    Reason.MISDIRECTED: "sni_fronting",
+    Reason.SLOW_HEAD: "slow_head",
+    Reason.SLOW_BODY: "slow_body",
+    Reason.SLOW_READER: "slow_reader",
+}
+"""Reasons that are also events of the attack catalogue, under these labels."""
 
 
 def status_of(reason: Reason) -> int:

@@ -12,9 +12,10 @@ cut short never completes towards the backend, a response cut short never looks 
 
 from typing import Final
 
+from expressgateway.proxy.answers import own_answer
 from expressgateway.proxy.errors import (
+    SECURITY_KINDS,
     Reason,
-    proxy_status_of,
     reason_of_backend,
     reason_of_client,
     reason_of_fault,
@@ -26,28 +27,12 @@ from expressgateway.proxy.websocket import BACKEND, CLIENT, Tunnel, Verdict
 from expressgateway.upstream.backend import Addresses, Backend
 from expressgateway.upstream.errors import Fault, UpstreamError
 from expressgateway.wire.errors import PeerClosedError, WireError
-from expressgateway.wire.head import Field, Fields, RequestHead, ResponseHead
+from expressgateway.wire.head import Fields, RequestHead, ResponseHead
 from expressgateway.wire.sinks import ClientStream, ServerStream
 
 REPLAY_BYTES: Final = 65536  # of a request body kept for a retry; a longer one cannot be sent again
 _NEVER_SENT: Final = 499  # counted and logged when the client is to blame and gets no answer
-_RETRY_AFTER_S: Final = b"1"
 _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"TRACE"})  # RFC 9110 9.2.2
-
-_SECURITY_KINDS: Final = {
-    Reason.MALFORMED: "malformed_request",
-    Reason.SMUGGLING: "request_smuggling",
-    Reason.BAD_AUTHORITY: "bad_authority",
-    Reason.BAD_PATH: "bad_path",
-    Reason.FORBIDDEN_TRAILER: "forbidden_trailer",
-    Reason.HEAD_TOO_LARGE: "head_too_large",
-    Reason.URI_TOO_LONG: "uri_too_long",
-    Reason.BODY_TOO_LARGE: "body_too_large",
-    Reason.MISDIRECTED: "sni_fronting",
-    Reason.SLOW_HEAD: "slow_head",
-    Reason.SLOW_BODY: "slow_body",
-    Reason.SLOW_READER: "slow_reader",
-}
 
 
 class Exchange:
@@ -219,12 +204,13 @@ class Exchange:
 
     # -- towards a backend: Waiter ---------------------------------------------------------------------
 
-    def _lease(self) -> None:
-        """Choose a backend and ask for a connection."""
+    def _lease(self, failure: Reason | None = None, detail: str = "") -> None:
+        """Choose a backend and ask for a connection. ``failure``: why the one before could not be used."""
         pool = self.service.pool
         backend = pool.pick(None, self._tried)
-        if backend is None or backend.connections is None:
-            self._answer(Reason.BACKENDS_DOWN if pool.backends else reason_of_fault(pool.empty_fault))
+        if backend is None:
+            nobody = Reason.BACKENDS_DOWN if pool.backends else reason_of_fault(pool.empty_fault)
+            self._answer(failure or nobody, detail)
             return
         self._backend = backend
         backend.in_flight += 1
@@ -277,19 +263,9 @@ class Exchange:
         backend.responses[0] += 1
         self._tried.append(backend)
         if error.fault is not Fault.OVER_CAPACITY and len(self._tried) < len(self.service.pool.backends):
-            self._lease_again(reason_of_fault(error.fault), error.detail)
+            self._lease(reason_of_fault(error.fault), error.detail)
         else:
             self._answer(reason_of_fault(error.fault), error.detail)
-
-    def _lease_again(self, reason: Reason, detail: str) -> None:
-        pool = self.service.pool
-        backend = pool.pick(None, self._tried)
-        if backend is None:
-            self._answer(reason, detail)
-            return
-        self._backend = backend
-        backend.in_flight += 1
-        self._ask(backend, fresh=False)
 
     def _leave_backend(self) -> Backend | None:
         backend, self._backend = self._backend, None
@@ -490,7 +466,7 @@ class Exchange:
 
     def _note(self, reason: Reason) -> None:
         self.service.counters.errors.add(reason.value)
-        kind = _SECURITY_KINDS.get(reason)
+        kind = SECURITY_KINDS.get(reason)
         if kind is not None:
             self.service.security_event(kind, self.peer, f"request refused: {reason.value}")
 
@@ -513,30 +489,13 @@ class Exchange:
         service = self.service
         self._note(reason)
         self._let_go()
-        status = status_of(reason)
-        detail = detail or reason.value.replace("_", " ")
-        text = f"{status} {reason.value}: {detail}\nrequest {self.request_id.decode('ascii')}\n".encode(
-            "latin-1", "replace"
-        )
-        headers: list[Field] = service.forwarding.own(service.wall_s())
-        headers.append((b"content-type", b"text/plain; charset=utf-8"))
-        headers.append((b"x-request-id", self.request_id))
-        headers.append((b"proxy-status", self._proxy_status(reason, detail)))
-        if status == 503:
-            headers.append((b"retry-after", _RETRY_AFTER_S))
-        elif status == 405:
-            headers.append((b"allow", b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE"))
+        head, text = own_answer(service, reason, detail, self.request_id)
         self._response_begun = True
-        self._status = status
+        self._status = head.status
         self._response_bytes += len(text)
-        self.front.send_head(ResponseHead(status, tuple(headers), len(text)), False)
+        self.front.send_head(head, False)
         self.front.send_data(text, True)
         self._finish()
-
-    def _proxy_status(self, reason: Reason, detail: str) -> bytes:
-        quoted = "".join(char if " " <= char <= "~" and char not in '"\\' else "'" for char in detail)
-        value = f'{self.service.proxy_status_name}; error={proxy_status_of(reason)}; details="{quoted}"'
-        return value.encode("ascii")
 
     def _finish(self) -> None:
         """Count, and be done. Once."""
