@@ -4,47 +4,61 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# One stamp for each set of packages: running needs the fewest.
+RUN := $(VENV)/.run
+DEV := $(VENV)/.dev
+BENCH := $(VENV)/.bench
 # What tests and bench use beside the virtual environment; installed by tools/setup_system.sh when root.
 PACKAGES := nginx libnginx-mod-stream haproxy wrk nghttp2-client curl openssl python3-venv iproute2
 
+# Where properties are tested: `make fuzz` tries each a hundred times as often as the suite does.
+FUZZED := tests/wire tests/config/test_fuzz.py tests/config/test_positions.py tests/demo/test_http.py
+
 .PHONY: run test lint types check bench soak fuzz format system clean
 
-run: $(STAMP)
+run: $(RUN)
 	$(BIN)/expressgateway demo
 
-test: $(STAMP) system
+test: $(DEV) system
 	$(BIN)/python -m pytest $(TESTS)
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP)
+types: $(DEV)
 	$(BIN)/mypy
 
 check: lint types test
 
-format: $(STAMP)
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) system
+bench: $(BENCH) system
 	$(BIN)/python -m bench --write
 
-soak: $(STAMP) system
+soak: $(BENCH) system
 	$(BIN)/python -m bench soak --write
 
-fuzz: $(STAMP)
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -m fuzz --timeout 3600
+fuzz: $(DEV)
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest --timeout 3600 $(FUZZED)
 
 # Root installs what is missing; anyone else is told, and the tests that need it skip by name.
 system:
 	@sh tools/setup_system.sh $(PACKAGES)
 
-$(STAMP): pyproject.toml tools/setup_venv.sh
-	sh tools/setup_venv.sh $(PYTHON) $(VENV)
-	touch $(STAMP)
+$(RUN): pyproject.toml tools/setup_venv.sh
+	sh tools/setup_venv.sh $(PYTHON) $(VENV) .
+	touch $@
+
+$(DEV): pyproject.toml tools/setup_venv.sh
+	sh tools/setup_venv.sh $(PYTHON) $(VENV) '.[dev]'
+	touch $@ $(RUN)
+
+$(BENCH): pyproject.toml tools/setup_venv.sh
+	sh tools/setup_venv.sh $(PYTHON) $(VENV) '.[bench]'
+	touch $@ $(RUN)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build

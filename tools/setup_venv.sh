@@ -1,9 +1,10 @@
 #!/bin/sh
-# Make the virtual environment and install the package with what tests, lint and bench need.
-# usage: setup_venv.sh PYTHON VENV
+# Make the virtual environment and install the package in it.
+# usage: setup_venv.sh PYTHON VENV WHAT      (WHAT as pip takes it: . or '.[dev]')
 set -eu
 python=$1
 venv=$2
+what=$3
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "ExpressGateway needs Python 3.11 or newer; $python is $("$python" --version 2>&1)." >&2
@@ -23,8 +24,8 @@ if [ ! -x "$venv/bin/python" ]; then
     fi
 fi
 if [ -x "$venv/bin/pip" ]; then
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$what"
 else
     # No ensurepip and not root: the system's pip can install into the environment from outside.
-    "$python" -m pip --python "$venv/bin/python" install --quiet --disable-pip-version-check -e '.[dev,bench]'
+    "$python" -m pip --python "$venv/bin/python" install --quiet --disable-pip-version-check -e "$what"
 fi

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import expressgateway
 from tests.e2e.harness import (
     Backend,
     BackendConnection,
@@ -111,7 +112,7 @@ class TestDrain:
 
     @need("wrk")
     def test_under_wrk_no_request_is_lost(self, tmp_path: Path) -> None:
-        """wrk goes on when nobody listens: refused connects are failed writes to it, lost answers failed reads."""
+        """wrk goes on when nobody listens: refused connects are failed writes, lost answers failed reads."""
         port = free_port()
         runtime = "readiness_settle_ms = 0\ndrain_timeout_ms = 4000"
         with (
@@ -499,7 +500,8 @@ NOBODY = 65534
 
 def interpreter_for(user: int) -> tuple[str, str]:
     """A Python that this user may run, and the path on which it finds what this one has."""
-    path = os.pathsep.join(filter(None, sys.path))
+    package = Path(expressgateway.__file__).parent.parent
+    path = os.pathsep.join([str(package), *(each for each in sys.path if each.endswith("-packages"))])
     for candidate in (sys.executable, "/usr/bin/python3"):
         with contextlib.suppress(OSError):
             done = subprocess.run(

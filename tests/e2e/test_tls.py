@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import re
 import select
 import socket
 import ssl
@@ -121,9 +120,9 @@ def test_weak_ciphers_are_refused(world: World, ciphers: str) -> None:
 
 @need("openssl")
 def test_no_renegotiation(world: World) -> None:
-    """``R`` makes s_client ask for one; it is told no, and the connection is of no further use to it."""
-    output = _s_client(world.port, "-tls1_2", stdin=b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\nR\nR\nR\n")
-    assert "RENEGOTIATING" in output
+    """``R`` makes s_client ask for one. It is told no."""
+    output = _s_client(world.port, "-tls1_2", stdin=b"R\n")
+    assert "RENEGOTIATING" in output, output
     assert "no renegotiation" in output, output
 
 
@@ -213,7 +212,8 @@ def test_a_flood_of_handshakes_leaves_nothing(world: World) -> None:
 def test_what_is_no_tls_is_closed(world: World, opening: bytes) -> None:
     with Client(world.port) as client:
         client.send(opening)
-        client.sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # it may be reset already
+            client.sock.shutdown(socket.SHUT_WR)
         answer = client.rest()
         assert b"HTTP" not in answer
         assert len(answer) < 20, "an alert at most"
@@ -225,12 +225,13 @@ def test_a_server_name_that_is_no_name(world: World) -> None:
     for name in (b"\xff" * 9, b"\x00" * 9, b"loca\nhost"):
         with Client(world.port) as client:
             client.send(hello.replace(b"localhost", name))
-            client.sock.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):
+                client.sock.shutdown(socket.SHUT_WR)
             client.rest()
 
 
 def test_tls_that_breaks_in_the_middle_of_a_request(world: World) -> None:
-    """A record that was tampered with ends the connection; the request before it stays unanswered or whole."""
+    """A record that was tampered with ends the connection; nothing is answered."""
     with Client(world.port, tls=world.context) as client:
         assert isinstance(client.sock, ssl.SSLSocket)
         client.send(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ")
@@ -266,10 +267,13 @@ def test_an_end_without_close_notify_is_no_end_of_a_request(tmp_path: Path) -> N
 # -- names ---------------------------------------------------------------------------------------------------
 
 
+Hosts = tuple[int, Gateway, dict[str, CertificateFiles]]
+
+
 @pytest.fixture(scope="module")
 def hosts(
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[int, Gateway, dict[str, CertificateFiles]]]:
+) -> Iterator[Hosts]:
     """Three certificates: a.example (the default), b.example with *.b.example, c.example."""
     directory = tmp_path_factory.mktemp("names")
     names = {"a": ("a.example",), "b": ("b.example", "*.b.example"), "c": ("c.example",)}
@@ -305,16 +309,14 @@ def hosts(
         ("", "a"),
     ],
 )
-def test_the_name_picks_the_certificate(
-    hosts: tuple[int, Gateway, dict[str, CertificateFiles]], sni: str, shown: str
-) -> None:
+def test_the_name_picks_the_certificate(hosts: Hosts, sni: str, shown: str) -> None:
     port, _, files = hosts
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
-        with context.wrap_socket(sock, server_hostname=sni or None) as tls:
-            presented = tls.getpeercert(binary_form=True)
+    sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+    with context.wrap_socket(sock, server_hostname=sni or None) as tls:
+        presented = tls.getpeercert(binary_form=True)
     assert presented == ssl.PEM_cert_to_DER_cert(files[shown].certificate.read_text())
 
 
@@ -334,9 +336,7 @@ def test_the_name_picks_the_certificate(
         ("unknown.example", b"a.example", 200),
     ],
 )
-def test_a_host_of_another_certificate_is_421(
-    hosts: tuple[int, Gateway, dict[str, CertificateFiles]], sni: str, host: bytes, status: int
-) -> None:
+def test_a_host_of_another_certificate_is_421(hosts: Hosts, sni: str, host: bytes, status: int) -> None:
     port, gateway, _ = hosts
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -444,12 +444,14 @@ def _resume(
     port: int, context: ssl.SSLContext, session: ssl.SSLSession | None
 ) -> tuple[bool, ssl.SSLSession]:
     """One connection with an exchange: whether it resumed, and the ticket it left with."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
-        with context.wrap_socket(sock, server_hostname="localhost", session=session) as tls:
-            tls.sendall(_GET)
-            assert tls.recv(65536).startswith(b"HTTP/1.1 200")  # TLS 1.3 tickets have come with it
-            assert tls.session is not None
-            return bool(tls.session_reused), tls.session
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=10) as sock,
+        context.wrap_socket(sock, server_hostname="localhost", session=session) as tls,
+    ):
+        tls.sendall(_GET)
+        assert tls.recv(65536).startswith(b"HTTP/1.1 200")  # TLS 1.3 tickets have come with it
+        assert tls.session is not None
+        return bool(tls.session_reused), tls.session
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
@@ -481,8 +483,6 @@ def test_tickets_are_good_on_every_worker_and_after_a_rotation(
         name = version.name.replace("_", ".")
         assert gateway.metric("tls_handshakes_total", resumed="no", result="ok", version=name) == 1
         assert gateway.metric("tls_handshakes_total", resumed="yes", result="ok", version=name) == 24
-        for pid in gateway.worker_pids():
-            assert f'worker="{pid}"' or pid
 
 
 def test_a_ticket_is_forgotten_after_the_overlap(tmp_path: Path) -> None:
@@ -529,10 +529,11 @@ def test_the_ticket_test_sees_both_workers(tmp_path: Path) -> None:
     """What the test above rests on: connections do reach both workers."""
     port = free_port()
     with Backend() as backend, Gateway(tmp_path, listener(port, backend), workers=2) as gateway:
-        pids = gateway.worker_pids()
-        assert len(pids) == 2
-        clients = [Client(port) for _ in range(20)]
-        eventually(lambda: gateway.metric("connections_inflight", listener="web") == 20, "all are in")
-        assert all(re.search("socket", str(descriptors(pid))) or descriptors(pid) > 0 for pid in pids)
+        first, second = gateway.worker_pids()
+        before = descriptors(first), descriptors(second)
+        clients = [Client(port) for _ in range(24)]
+        eventually(lambda: gateway.metric("connections_inflight", listener="web") == 24, "all are in")
+        assert descriptors(first) > before[0]
+        assert descriptors(second) > before[1]
         for client in clients:
             client.sock.close()

@@ -76,7 +76,10 @@ class Reactor:
     def remove(self, fd: int) -> None:
         """Forget a descriptor. Call it before the descriptor is closed."""
         if self._handlers.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+            try:
+                self._epoll.unregister(fd)
+            except OSError:
+                pass  # closed by ``ssl``, whose wrap_socket does that when the peer is gone already
 
     def replace(self, fd: int, handler: Handler) -> None:
         """Give a registered descriptor another handler."""

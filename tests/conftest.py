@@ -1,0 +1,23 @@
+"""Hypothesis profiles: the suite's own, and ``fuzz`` for ``make fuzz``, which looks a hundred times longer."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+LONGER = 100
+
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under ``HYPOTHESIS_PROFILE=fuzz`` every property is tried ``LONGER`` times as often as in the suite."""
+    if os.environ.get("HYPOTHESIS_PROFILE") != "fuzz":
+        return
+    for item in items:
+        function = getattr(item, "obj", None)
+        own = getattr(function, "_hypothesis_internal_use_settings", None)
+        if own is not None and function is not None:
+            inner = getattr(function, "__func__", function)
+            inner._hypothesis_internal_use_settings = settings(own, max_examples=own.max_examples * LONGER)
