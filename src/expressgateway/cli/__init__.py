@@ -1,0 +1,1 @@
+"""The command ``expressgateway``: what it prints, and its exit codes."""

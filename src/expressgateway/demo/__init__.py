@@ -1,0 +1,1 @@
+"""``expressgateway demo``: a gateway with backends of its own, and commands to try it."""

@@ -1,0 +1,1 @@
+"""The filter and plugin interface: reserved, nothing is here yet."""

@@ -7,6 +7,7 @@ While a splice is active it owns the source's readiness to read and the target's
 target did not take stays in the pipe, which bounds it.
 """
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from expressgateway.net.stream import Stream
 PIPE_BYTES: Final = 1 << 18  # asked of the kernel; what it grants is the bound
 _FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK if hasattr(os, "SPLICE_F_MOVE") else 0
 _F_SETPIPE_SZ: Final = 1031
+_UNABLE: Final = frozenset({errno.EINVAL, errno.ENOMEM, errno.ENOSYS})  # no fault of the connection's
 
 
 def can_splice(source: Stream, target: Stream) -> bool:
@@ -70,7 +72,12 @@ class Splice:
             if not self._moved:
                 self._leave()
             return True
-        except OSError:
+        except OSError as error:
+            if error.errno not in _UNABLE:
+                # Reading again would not tell: the kernel reports a reset once, and then an orderly end.
+                self._leave()
+                self._source.fail(error.strerror or str(error))
+                return True
             size = 0
         if not size:
             if not self._moved:

@@ -13,6 +13,7 @@ from expressgateway.net.stream import READ_BYTES, Stream, StreamOwner
 
 _RECORD_BYTES: Final = 16384  # RFC 8446 5.1: the most plaintext in one record
 _RECORDS: Final = 8  # read at once while each is full
+_TCP_CLOSE: Final = 7  # tcpi_state after RST; FIN leaves it at CLOSE_WAIT
 _COALESCE_BYTES: Final = 16384  # small buffers are joined into one record up to this
 
 
@@ -128,7 +129,7 @@ class TlsStream(Stream):
         except ssl.SSLZeroReturnError:
             is_end = True
         except ssl.SSLEOFError:
-            is_end = self.is_ragged_eof_allowed
+            is_end = self.is_ragged_eof_allowed and not self._was_reset()
             failure = "" if is_end else "the peer closed the connection without ending TLS"
         except OSError as error:
             failure = getattr(error, "reason", None) or error.strerror or str(error)
@@ -142,6 +143,10 @@ class TlsStream(Stream):
             self._eof()
         elif failure:
             self.fail(failure)
+
+    def _was_reset(self) -> bool:
+        """Whether an end was RST. Before Python 3.12.3 its ssl reports one as it does FIN."""
+        return self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
 
     def _send(self, data: bytes | memoryview) -> int:
         tls = self.tls
