@@ -348,38 +348,38 @@ def drips(first: bytes, part: bytes) -> Act:
     return act
 
 
-@pytest.mark.parametrize(
-    ("act", "setting"),
-    [
-        (drips(_HEAD + b"x: ", b"y"), "head_timeout_ms = 400"),
-        (drips(_HEAD + b"x: ", b"y"), "total_timeout_ms = 400"),
-        (drips(b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"[:1]), "head_timeout_ms = 400"),
-        (stays(), "head_timeout_ms = 400"),
-        (stays(b"HTTP/1.1 102 Processing\r\n\r\n"), "head_timeout_ms = 400"),
-    ],
-    ids=[
-        "drip, head timeout",
-        "drip, total timeout",
-        "drip of a status line",
-        "silence",
-        "102, then silence",
-    ],
-)
-def test_a_head_that_takes_too_long_is_504(tmp_path: Path, act: Act, setting: str) -> None:
+SLOW: list[tuple[str, Act]] = [
+    ("a drip of a header", drips(_HEAD + b"x: ", b"y")),
+    ("a drip of a status line", drips(b"", b"H")),
+    ("silence", stays()),
+    ("102, then silence", stays(b"HTTP/1.1 102 Processing\r\n\r\n")),
+]
+
+
+@pytest.mark.parametrize("setting", ["head_timeout_ms", "total_timeout_ms"])
+def test_a_head_that_takes_too_long_is_504(tmp_path: Path, setting: str) -> None:
     port = free_port()
-    more = f"[listeners.http]\n{setting}\n"
+    acts = dict(SLOW)
+    asked: list[str] = []
+
+    def act(connection: BackendConnection) -> None:
+        acts[asked[-1]](connection)
+
+    more = f"[listeners.http]\n{setting} = 300\n"
     with (
         Backend(misbehaving(act)) as backend,
         Gateway(tmp_path, listener(port, backend, more), runtime=_RUNTIME) as gateway,
         Steady(port),
     ):
-        with Client(port) as client:
-            client.send(b"GET /bad HTTP/1.1\r\nHost: a\r\n\r\n")
-            while (status := client.response()[0]) < 200:
-                pass
-            assert status == 504
-        assert gateway.metric("http_gateway_errors_total", listener="web") == 1
-        assert gateway.metric("pool_connections", state="busy") <= 1, "the connection was given up"
+        for number, (name, _) in enumerate(SLOW, 1):
+            asked.append(name)
+            with Client(port) as client:
+                client.send(b"GET /bad HTTP/1.1\r\nHost: a\r\n\r\n")
+                while (status := client.response()[0]) < 200:
+                    pass
+                assert status == 504, name
+            assert gateway.metric("http_gateway_errors_total", listener="web") == number
+            assert gateway.metric("pool_connections", state="busy") <= 1, "the connection was given up"
 
 
 def test_a_backend_that_accepts_and_never_reads(tmp_path: Path) -> None:
@@ -438,22 +438,21 @@ def test_bytes_after_a_complete_answer_reach_nobody(tmp_path: Path) -> None:
         assert gateway.metric("security_events_total", kind="unsolicited_response") == 10
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        b"HTTP/1.1 204 No Content\r\n\r\n" + _EVIL,
-        b"HTTP/1.1 304 Not Modified\r\ncontent-length: 5\r\n\r\n" + _EVIL,
-        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n" + _EVIL,
-        b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n" + _EVIL,
-        b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n\r\n",
-    ],
-    ids=["204", "304", "chunked", "empty", "a blank line"],
+ENDS = (
+    b"HTTP/1.1 204 No Content\r\n\r\n",
+    b"HTTP/1.1 304 Not Modified\r\ncontent-length: 5\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
 )
-def test_whatever_ends_the_answer(tmp_path: Path, answer: bytes) -> None:
+
+
+@pytest.mark.parametrize("more", [_EVIL, b"\r\n", b"x"], ids=["an answer", "a blank line", "a byte"])
+def test_whatever_ends_the_answer(tmp_path: Path, more: bytes) -> None:
     port = free_port()
+    answers: list[bytes] = []
 
     def act(connection: BackendConnection) -> None:
-        connection.send(answer)
+        connection.send(answers[-1] + more)
         answer_ok(connection)
 
     with (
@@ -462,11 +461,13 @@ def test_whatever_ends_the_answer(tmp_path: Path, answer: bytes) -> None:
         Steady(port),
         Client(port) as client,
     ):
-        client.send(b"GET /bad HTTP/1.1\r\nHost: a\r\n\r\n")
-        client.response()
-        client.send(b"GET /good HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert client.response()[2] == b"backend"
-        assert gateway.metric("security_events_total", kind="unsolicited_response") == 1
+        for number, answer in enumerate(ENDS, 1):
+            answers.append(answer)
+            client.send(b"GET /bad HTTP/1.1\r\nHost: a\r\n\r\n")
+            client.response(head_only=not answer.startswith(b"HTTP/1.1 200"))
+            client.send(b"GET /good HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert client.response()[2] == b"backend"
+            assert gateway.metric("security_events_total", kind="unsolicited_response") == number
 
 
 def test_a_body_for_head_is_not_an_answer_to_the_next(tmp_path: Path) -> None:

@@ -230,7 +230,17 @@ class H1Connection:
 class H1Connections:
     """All connections of one worker to one backend. Implements ``upstream.backend.Connections``."""
 
-    __slots__ = ("_everyone", "_idle", "_is_leaving", "backend", "dialler", "fields", "reactor", "waiting")
+    __slots__ = (
+        "_everyone",
+        "_idle",
+        "_is_leaving",
+        "backend",
+        "dialler",
+        "fields",
+        "is_single_use",
+        "reactor",
+        "waiting",
+    )
 
     def __init__(self, backend: Backend, reactor: Reactor, dialler: Dialler) -> None:
         self.backend = backend
@@ -241,11 +251,8 @@ class H1Connections:
         self._idle: list[H1Connection] = []  # oldest first; at most MAX_IDLE
         self.waiting: dict[Waiter, H1Connection] = {}
         self._is_leaving = False
-
-    @property
-    def is_single_use(self) -> bool:
+        self.is_single_use = backend.settings.send_proxy is not None
         """A PROXY header speaks for one client: such a connection cannot serve another."""
-        return self.backend.settings.send_proxy is not None
 
     def lease(self, waiter: Waiter, fresh: bool = False) -> H1Client | None:
         idle = self._idle
@@ -257,7 +264,7 @@ class H1Connections:
             connection.stream = self.dialler.dial(self.backend, connection, waiter.addresses)
         except OSError as error:
             failure = UpstreamError(Fault.OVER_CAPACITY, f"no socket for a connection: {error.strerror}")
-            self.reactor.call_soon(lambda: waiter.on_lease_failed(failure))
+            self.reactor.call_soon(waiter.on_lease_failed, failure)
             return None
         self._everyone.add(connection)
         self.waiting[waiter] = connection

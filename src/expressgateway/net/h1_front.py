@@ -187,10 +187,10 @@ class H1FrontConnection:
         """The connection is idle: take the request that came early, or wait for one."""
         if self._is_congested or self.stream is None:
             return
-        held = self.codec.take_pipelined()
         self.stream.resume()
-        if held:
-            self._listener.reactor.call_soon(lambda: self._take_early(held))
+        if self.codec.has_pipelined:
+            held = self.codec.take_pipelined()
+            self._listener.reactor.call_soon(self._take_early, held)
 
     def _take_early(self, held: bytes) -> None:
         if self.stream is not None and not self.stream.is_closed:

@@ -44,7 +44,6 @@ class Reactor:
         "_woken",
         "faults",
         "now",
-        "on_fault",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -59,7 +58,6 @@ class Reactor:
         """Seconds, read once per batch of events."""
         self.faults = 0
         """Exceptions that reached the safety net: each one is a defect of ours."""
-        self.on_fault: Callable[[Handler], None] | None = None
         loop.add_reader(self._epoll.fileno(), self._run)
 
     def close(self) -> None:
@@ -92,8 +90,15 @@ class Reactor:
             self._is_flushing_later = True
             self._loop.call_soon(self._flush_later)
 
-    def call_soon(self, call: Callable[[], None]) -> None:
-        self._loop.call_soon(call)
+    def call_soon(self, call: Callable[..., None], *arguments: object) -> None:
+        """Call it after this batch, under the same safety net: a bound method's owner is reset."""
+        self._loop.call_soon(self._call, call, arguments)
+
+    def _call(self, call: Callable[..., None], arguments: tuple[object, ...]) -> None:
+        try:
+            call(*arguments)
+        except Exception:  # noqa: BLE001 - the safety net, as in _run
+            self.fault(call)
 
     def _flush_later(self) -> None:
         self._is_flushing_later = False
@@ -113,7 +118,7 @@ class Reactor:
                 try:
                     handler(events)
                 except Exception:  # noqa: BLE001 - the safety net: one connection, never the worker
-                    self._fault(handler)
+                    self.fault(handler)
         if self._woken:
             self._flush()
         self._is_running = False
@@ -126,9 +131,10 @@ class Reactor:
                 try:
                     flushable.flush()
                 except Exception:  # noqa: BLE001 - as above
-                    self._fault(flushable.flush)  # type: ignore[arg-type]  # only its owner is looked at
+                    self.fault(flushable.flush)
 
-    def _fault(self, handler: Handler) -> None:
+    def fault(self, handler: Callable[..., None]) -> None:
+        """For an ``except``: count and log the error, and reset whose bound method raised it."""
         self.faults += 1
         log.exception("a connection was closed after an unexpected error: this is a defect")
         owner = getattr(handler, "__self__", None)

@@ -143,7 +143,7 @@ class Stream:
             self.reactor.add(self.fd, OUT, self.on_ready)
         else:
             self.error_code = code
-            self.reactor.call_soon(lambda: self.fail(os.strerror(code)))
+            self.reactor.call_soon(self.fail, os.strerror(code))
 
     def _connected(self) -> None:
         code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)

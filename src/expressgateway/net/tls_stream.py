@@ -193,8 +193,14 @@ class TlsStream(Stream):
         if tls is not None and not self._is_shaking_hands:
             try:
                 tls.unwrap()
-            except (OSError, ValueError):
-                pass  # "want read" is the normal outcome: ours is sent, the peer's has not come
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                pass  # the normal outcome: ours is sent, the peer's has not come
+            except (OSError, ValueError) as error:
+                if not self._is_closing and not self._is_eof:
+                    # ``unwrap`` also reads, and fails if the peer was sending: what it sent is lost, and
+                    # must not look complete.
+                    self.fail(f"TLS could not be half-closed: {error}")
+                    return
         if self._is_closing:
             try:
                 socket.socket.shutdown(self.sock, socket.SHUT_WR)

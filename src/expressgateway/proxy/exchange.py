@@ -516,7 +516,8 @@ class Exchange:
         if self._tunnel is not None:
             counters.websockets_open -= 1
             self._tunnel = None
-        version = 0 if self._head is not None and self._head.version == b"1.0" else 1
+        head = self._head
+        version = 0 if head is not None and head.version == b"1.0" else 1
         counters.requests[version][status // 100 if status < 600 else 0] += 1
         counters.durations[version].observe(service.clock.now - self._started)
         counters.request_bytes += self._body_bytes

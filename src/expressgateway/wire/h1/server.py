@@ -523,6 +523,11 @@ class H1Server:
         self.is_head = False
         self.shell.exchange_done(True)
 
+    @property
+    def has_pipelined(self) -> bool:
+        """Bytes of a next request came early."""
+        return len(self._held) > 0
+
     def take_pipelined(self) -> bytes:
         """Bytes of a next request that came early. The shell feeds them once the connection is idle."""
         held = bytes(self._held)
