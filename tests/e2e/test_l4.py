@@ -179,7 +179,7 @@ class TestRelay:
             client.send(bytes(300_000))
             client.send(bytes(200_000))
             end_sending(client.sock)
-            eventually(lambda: got, "the backend got the end")
+            eventually(lambda: got, "the backend got the end", 5)
         assert got[0][0] == 500_000
 
     @pytest.mark.parametrize("front", ["tcp", pytest.param("tls", marks=pytest.mark.xfail(reason=UNWRAP))])
@@ -196,7 +196,7 @@ class TestRelay:
             for _ in range(20):
                 client.send(BLOCK)
             end_sending(client.sock)
-            eventually(lambda: got, "the backend got the end")
+            eventually(lambda: got, "the backend got the end", 5)
         assert got[0][0] == 20 * len(BLOCK)
 
     @both

@@ -27,6 +27,7 @@ HIGH_BYTES: Final = 65536  # of backlog: the owner is told to stop its source
 LOW_BYTES: Final = 16384
 LINGER_BYTES: Final = 1 << 20  # read and thrown away while lingering, at most
 LINGER_S: Final = 2.0
+STUCK_S: Final = 30.0  # a close whose rest nobody takes for so long is given up
 _JOIN_BYTES: Final = 32768  # below this, copying buffers together is cheaper than sendmsg
 _MAX_BUFFERS: Final = 512  # of one sendmsg: under IOV_MAX
 

@@ -105,25 +105,40 @@ def lines_of(shared: SharedFields) -> bytes:
 class Section:
     """A header section's fields and meaning. Shared between messages with equal sections: never changed."""
 
-    # Defaults are the class's: most sections set two or three of these.
-    headers: Fields = NO_FIELDS
-    content_length: int | None = None
-    chunked = False
-    hosts: tuple[bytes, ...] = ()
-    authority: bytes | None = None
-    """The one Host, checked and in lower case, once somebody did that."""
-    close = False
-    """Connection: close"""
-    keep_alive = False
-    """Connection: keep-alive"""
-    keep_alive_hint = b""
-    """The value of Keep-Alive, which a backend uses to tell its idle timeout."""
-    wants_upgrade = False
-    """Connection: upgrade"""
-    upgrade = b""
-    """The value of Upgrade, lower-case."""
-    accepts_trailers = False
-    expects_continue = False
+    __slots__ = (
+        "accepts_trailers",
+        "authority",
+        "chunked",
+        "close",
+        "content_length",
+        "expects_continue",
+        "headers",
+        "hosts",
+        "keep_alive",
+        "keep_alive_hint",
+        "upgrade",
+        "wants_upgrade",
+    )
+
+    def __init__(self) -> None:
+        self.headers: Fields = NO_FIELDS
+        self.content_length: int | None = None
+        self.chunked = False
+        self.hosts: tuple[bytes, ...] = ()
+        self.authority: bytes | None = None
+        """The one Host, checked and in lower case, once somebody did that."""
+        self.close = False
+        """Connection: close"""
+        self.keep_alive = False
+        """Connection: keep-alive"""
+        self.keep_alive_hint = b""
+        """The value of Keep-Alive, which a backend uses to tell its idle timeout."""
+        self.wants_upgrade = False
+        """Connection: upgrade"""
+        self.upgrade = b""
+        """The value of Upgrade, lower-case."""
+        self.accepts_trailers = False
+        self.expects_continue = False
 
 
 class _Name:
