@@ -269,7 +269,12 @@ class Relay:
 
     def sweep(self, now: float) -> None:
         client = self._client.stream
-        if self._is_over or client is None:
+        if client is None:
+            return
+        if self._is_over:  # what is left to be sent has its own clock
+            for side in (self._client, self._upstream):
+                if side.stream is not None:
+                    side.stream.sweep(now)
             return
         if not self._is_ready:
             if now < self._due:

@@ -80,6 +80,8 @@ class Stream:
         "_is_flowing",
         "_is_paused",
         "_read_bytes",
+        "_stuck_at",
+        "_stuck_due",
         "_wants_writable",
         "backlog_bytes",
         "bytes_in",
@@ -113,6 +115,8 @@ class Stream:
         self._is_ending = False  # write_eof was asked for
         self._is_closing = False  # close was asked for; lingering or sending the rest
         self.linger_until = 0.0  # seconds on the reactor's clock; 0: not lingering
+        self._stuck_at = 0  # bytes a close had left at the last sweep, and by when they must have moved
+        self._stuck_due = 0.0
         self._events = 0
         self._read_bytes = READ_BYTES
         self._is_paused = False
@@ -152,6 +156,10 @@ class Stream:
             self.error_code = code
             self.fail(os.strerror(code))
             return
+        try:
+            self.sock.getpeername()
+        except OSError:
+            return  # not yet: the event was meant for the descriptor's former life
         self._is_connecting = False
         if self.preamble:
             try:
@@ -353,11 +361,10 @@ class Stream:
                 if not sent:
                     break
                 self.backlog_bytes -= sent
-                while sent:
+                while backlog:  # empty buffers go with the last byte before them
                     size = len(backlog[0])
                     if sent < size:
                         backlog[0] = backlog[0][sent:]
-                        sent = 0
                         break
                     sent -= size
                     backlog.popleft()
@@ -458,9 +465,9 @@ class Stream:
         if self._is_connecting:
             self._release()
             return
+        self.bytes_in = 0  # from here on it counts what is thrown away
         if linger and not self._is_eof:
             self.linger_until = self.reactor.now + LINGER_S
-            self.bytes_in = 0
         if not linger and not self._backlog and not self.is_tls:
             self._release()  # fast path: close() itself sends FIN
             return
@@ -484,8 +491,8 @@ class Stream:
         if size and self.bytes_in <= LINGER_BYTES:
             return
         self._is_eof = True
-        if self._backlog and not size:
-            self._watch()
+        if self._backlog:
+            self._watch()  # read no more, but what is left is still to be sent
         else:
             self._release()
 
@@ -493,8 +500,19 @@ class Stream:
         return self.sock.recv(READ_BYTES)
 
     def sweep(self, now: float) -> None:
-        """End a linger that lasts too long."""
-        if self.linger_until and now >= self.linger_until:
+        """End a close that lasts too long: a linger, or a rest that nobody takes."""
+        if not self._is_closing:
+            return
+        unsent = self.backlog_bytes
+        if unsent:
+            if unsent != self._stuck_at:
+                self._stuck_at = unsent
+                self._stuck_due = now + STUCK_S
+            elif now >= self._stuck_due:
+                self.reset()
+            if self.linger_until:
+                self.linger_until = now + LINGER_S  # it begins when all is sent
+        elif self.linger_until and now >= self.linger_until:
             self.reset()
 
     def reset(self) -> None:
