@@ -6,6 +6,7 @@ from typing import Self
 
 from tests.e2e.harness import Client
 
+ONCE = b"GET /load HTTP/1.1\r\nHost: a.example\r\nConnection: close\r\n\r\n"
 REQUEST = b"GET /load HTTP/1.1\r\nHost: a.example\r\n\r\n"
 
 
@@ -16,8 +17,9 @@ class Load:
     answered completely, ``told`` connections whose last answer said ``close``.
     """
 
-    def __init__(self, port: int, clients: int = 8) -> None:
+    def __init__(self, port: int, clients: int = 8, request: bytes = REQUEST) -> None:
         self.port = port
+        self._request = request
         self.answers: Counter[int] = Counter()
         self.bodies: Counter[bytes] = Counter()
         self.broken: list[str] = []
@@ -65,7 +67,7 @@ class Load:
         while not self._stop.is_set():
             asked += 1
             try:
-                client.send(REQUEST)
+                client.send(self._request)
                 status, headers, body = client.response()
             except (OSError, AssertionError) as error:
                 self.broken.append(f"request {asked} of its connection: {error!r}")

@@ -10,6 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.harness import (
     Backend,
     BackendConnection,
@@ -271,6 +273,35 @@ def test_stalled_downloads_are_held_back_in_flat_memory_and_then_reset(tmp_path:
         assert gateway.metric("security_events_total", listener="web", kind="slow_reader") == 20
         assert gateway.metric("http_gateway_errors_total", reason="slow_reader") == 20
         eventually(lambda: gateway.metric("connections_inflight", listener="web") == 1, "they are gone")
+
+
+def test_a_client_that_only_asks_is_held_back_and_then_reset(tmp_path: Path) -> None:
+    """Pipelined requests whose answers nobody reads: each exchange is complete, only the client is stuck."""
+    port = free_port()
+    body = b"x" * 10_000
+
+    def serve(connection: BackendConnection) -> None:
+        while True:
+            head, _ = connection.request()
+            text = b"backend" if head.startswith(b"GET /good") else body
+            connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(text) + text)
+
+    more = "[listeners.http]\nbody_timeout_ms = 500\n"
+    with (
+        Backend(serve) as backend,
+        Gateway(tmp_path, listener(port, backend, more), runtime=_RUNTIME) as gateway,
+        Steady(port),
+    ):
+        (worker,) = gateway.worker_pids()
+        before = resident_kib(worker)
+        with Client(port) as client:
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            requests = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 2_000_000
+            with pytest.raises(ConnectionError):
+                client.send(requests)
+        assert resident_kib(worker) - before < 4096
+        assert gateway.metric("security_events_total", listener="web", kind="slow_reader") == 1
+        eventually(lambda: gateway.metric("connections_inflight", listener="web") == 1, "it is gone")
 
 
 def test_a_reader_that_is_slow_but_moves_gets_everything(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from tests.e2e.harness import (
     run,
 )
 from tests.e2e.http_world import answer
-from tests.e2e.load import REQUEST, Load
+from tests.e2e.load import ONCE, REQUEST, Load
 
 
 def config(port: int, *backends: str, keys: str = "", http: str = "") -> str:
@@ -109,6 +109,24 @@ class TestDrain:
             assert set(load.answers) == {200}
             assert load.told >= 8
             assert load.refused == 8, "afterwards nobody listens"
+
+    def test_who_connects_meanwhile_is_served_or_refused(self, tmp_path: Path) -> None:
+        """Refused, which says what to do next: not accepted and then reset."""
+        port = free_port()
+        with (
+            Backend(serve) as backend,
+            Gateway(tmp_path, config(port, backend.address), runtime="drain_timeout_ms = 4000") as gateway,
+            Client(port) as lasting,
+        ):
+            lasting.send(REQUEST[:-2])  # keeps the drain going for a while
+            with Load(port, request=ONCE) as load:
+                eventually(lambda: load.total > 200, "there is load")
+                gateway.process.send_signal(signal.SIGTERM)
+                load.join()
+            lasting.send(b"\r\n")
+            assert lasting.response()[1]["connection"] == "close"
+            assert load.refused == 8
+            assert not load.broken
 
     @need("wrk")
     def test_under_wrk_no_request_is_lost(self, tmp_path: Path) -> None:

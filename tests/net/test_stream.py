@@ -51,7 +51,8 @@ class TestWriting:
         run(test)
 
     @pytest.mark.parametrize(
-        "sizes", [(1,), (40_000,), (1, 2, 3), (20_000, 20_000, 1), (100,) * 600, (300_000, 0), (0, 5, 0), (0,)]
+        "sizes",
+        [(1,), (40_000,), (1, 2, 3), (20_000, 20_000, 1), (100,) * 600, (300_000, 0), (0, 5, 0), (0,)],
     )
     def test_every_shape_of_a_batch(self, sizes: tuple[int, ...]) -> None:
         async def test(world: World) -> None:
@@ -554,5 +555,3 @@ def test_a_stream_tells_its_state() -> None:
         peer.close()
 
     run(test)
-
-

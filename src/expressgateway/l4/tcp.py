@@ -136,7 +136,7 @@ class Relay:
         self._is_over = False
         self._due = now + listener.door.handshake_timeout_s  # seconds: TLS is done, then connected, by then
         self._moved_at = now
-        self._splices: list[Splice] = []
+        self._splices: dict[int, Splice] = {}  # by direction
 
     def begin(self) -> None:
         if self._client.stream is not None:
@@ -208,7 +208,7 @@ class Relay:
             return
         splice = Splice.begin(source, target, lambda size: self.moved(side.direction, size))
         if splice is not None:
-            self._splices.append(splice)
+            self._splices[side.direction] = splice  # the one before has closed itself
 
     def on_drained(self) -> None:
         self._moved_at = self._listener.reactor.now
@@ -247,7 +247,7 @@ class Relay:
             if backend is not None:
                 backend.responses[2] += 1
         elif side is self._client:
-            for splice in self._splices:
+            for splice in self._splices.values():
                 splice.close()
             self._listener.forget(self)
 

@@ -34,10 +34,15 @@ def tune_keepalive(sock: socket.socket) -> None:
 class Dialler:
     """Opens streams to backends. TLS contexts are shared by backends with equal settings."""
 
-    __slots__ = ("_alpn", "connect_timeout_s", "contexts", "reactor")
+    __slots__ = ("_alpn", "_is_framed", "connect_timeout_s", "contexts", "reactor")
 
-    def __init__(self, reactor: Reactor, connect_timeout_s: float, alpn: tuple[str, ...]) -> None:
-        """``connect_timeout_s``: for the connection and its TLS handshake together."""
+    def __init__(
+        self, reactor: Reactor, connect_timeout_s: float, alpn: tuple[str, ...], *, is_framed: bool = True
+    ) -> None:
+        """``connect_timeout_s``: for the connection and its TLS handshake together. ``is_framed``: what is
+        spoken knows its own ends, so that FIN without close_notify is a truncation (RFC 8446 6.1).
+        """
+        self._is_framed = is_framed
         self.reactor = reactor
         self.connect_timeout_s = connect_timeout_s
         self._alpn = alpn
@@ -61,6 +66,8 @@ class Dialler:
                 certificate=pair,
                 alpn=self._alpn,
             )
+            if not self._is_framed:
+                context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF
             self.contexts[settings] = context
         return context
 

@@ -77,7 +77,7 @@ class H1Connection:
         self.is_open = True
         waiter = self.waiter
         if waiter is None:  # it gave up meanwhile: a fresh connection is worth keeping
-            self._group.keep(self)
+            self._keep_or_close()
             return
         self._group.waiting.pop(waiter, None)
         waiter.on_leased(self.begin(waiter))
@@ -116,13 +116,15 @@ class H1Connection:
     def on_closed(self, error: str) -> None:
         waiter = self.waiter
         if self.is_open:
-            self.codec.receive_reset()
+            self.codec.receive_reset(error)
         elif waiter is not None and self.stream is not None:
             self.waiter = None
             self._group.waiting.pop(waiter, None)
             waiter.on_lease_failed(self._group.dialler.explain(self.stream, error))
 
     def on_released(self) -> None:
+        if self.codec.is_open:  # the safety net closed it: the exchange must hear of that
+            self.codec.receive_reset()
         self._group.forget(self)
 
     def on_congested(self) -> None:
@@ -185,12 +187,18 @@ class H1Connection:
     def _settle(self, is_reusable: bool) -> None:
         self.waiter = None
         self.codec.is_reused = True
-        if is_reusable and not self._group.is_single_use:
-            if self.stream is not None:
-                self.stream.resume()
-            self._group.keep(self)
+        if is_reusable:
+            self._keep_or_close()
         else:
             self._close()
+
+    def _keep_or_close(self) -> None:
+        if self._group.is_single_use:
+            self._close()
+            return
+        if self.stream is not None:
+            self.stream.resume()
+        self._group.keep(self)
 
     def _unsolicited(self) -> None:
         """Bytes that no request asked for: the next exchange would take them for its answer."""
@@ -294,7 +302,7 @@ class H1Connections:
     def sweep(self, now: float) -> None:
         idle = self._idle
         while idle and now - idle[0].idle_since > _idle_limit(idle[0].codec.keep_alive_hint):
-            idle[0].close()
+            idle.pop(0).close()
         for connection in list(self._everyone):
             connection.sweep(now)
 

@@ -95,6 +95,8 @@ class H1FrontConnection:
         self.codec.receive_reset()
 
     def on_released(self) -> None:
+        if self.exchange is not None:  # the safety net closed it: the exchange must hear of that
+            self.codec.receive_reset()
         self._listener.forget(self)
 
     def on_congested(self) -> None:

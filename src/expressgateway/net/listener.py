@@ -143,9 +143,8 @@ class Listener:
         for connection in list(self._connections):
             try:
                 connection.sweep(now)
-            except Exception:
-                self.reactor.faults += 1
-                log.exception("sweeping a connection failed: this is a defect")
+            except Exception:  # noqa: BLE001 - the safety net, as in the reactor
+                self.reactor.fault(connection.sweep)
 
     @property
     def open(self) -> int:

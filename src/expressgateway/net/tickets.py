@@ -93,7 +93,7 @@ class TicketKeySchedule:
             raise ValueError("the ticket rotation interval must be more than 0 seconds")
         if not (math.isfinite(overlap_s) and overlap_s >= 0):
             raise ValueError("the ticket rotation overlap must be 0 seconds or more")
-        if overlap_s / rotation_interval_s > MAX_KEYS - 2:
+        if overlap_s > (MAX_KEYS - 2) * rotation_interval_s:
             raise ValueError(
                 f"the ticket rotation overlap may be at most {MAX_KEYS - 2} rotation intervals long: "
                 "each rotation within it is one more key to keep"

@@ -9,7 +9,7 @@ import ssl
 from typing import Final
 
 from expressgateway.net.reactor import IN, OUT, Reactor
-from expressgateway.net.stream import READ_BYTES, Stream, StreamOwner
+from expressgateway.net.stream import LINGER_S, READ_BYTES, Stream, StreamOwner
 
 _RECORD_BYTES: Final = 16384  # RFC 8446 5.1: the most plaintext in one record
 _RECORDS: Final = 8  # read at once while each is full
@@ -22,6 +22,7 @@ class TlsStream(Stream):
 
     __slots__ = (
         "_context",
+        "_is_end_due",
         "_is_shaking_hands",
         "_server_hostname",
         "_session",
@@ -48,6 +49,7 @@ class TlsStream(Stream):
         self._server_hostname = server_hostname
         self._session = session
         self._is_shaking_hands = False
+        self._is_end_due = False  # close_notify waits: for room, or for what is unread
         self.tls: ssl.SSLSocket | None = None
         self.is_certificate_refused = False
         self.is_ragged_eof_allowed = False
@@ -56,6 +58,7 @@ class TlsStream(Stream):
     def _opened(self) -> None:
         is_client = self._server_hostname is not None
         try:
+            self.sock.getpeername()  # a peer that is gone already: ``wrap_socket`` would lose the socket
             tls = self._context.wrap_socket(
                 self.sock,
                 server_side=not is_client,
@@ -106,6 +109,10 @@ class TlsStream(Stream):
         if self._is_shaking_hands and not self._is_closing:
             self._shake_hands()
         else:
+            if self._is_end_due and events & OUT:
+                self._shutdown()
+                if self.is_closed:
+                    return
             super().on_ready(events)
 
     def _read(self) -> None:
@@ -143,6 +150,8 @@ class TlsStream(Stream):
             self._eof()
         elif failure:
             self.fail(failure)
+        if self._is_end_due and not self.is_closed:
+            self._shutdown()
 
     def _was_reset(self) -> bool:
         """Whether an end was RST. Before Python 3.12.3 its ssl reports one as it does FIN."""
@@ -190,15 +199,25 @@ class TlsStream(Stream):
     def _shutdown(self) -> None:
         """Send close_notify; the other direction stays open (RFC 8446 6.1)."""
         tls = self.tls
+        self._is_end_due = False
+        self.want_writable(False)
         if tls is not None and not self._is_shaking_hands:
+            if not self._is_closing and self._has_unread():
+                self._is_end_due = True  # ``unwrap`` reads as well, and would lose it: the end comes after it
+                return
             try:
                 tls.unwrap()
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            except ssl.SSLWantReadError:
                 pass  # the normal outcome: ours is sent, the peer's has not come
+            except ssl.SSLWantWriteError:
+                self._is_end_due = True
+                if self._is_closing and not self.linger_until:
+                    self.linger_until = self.reactor.now + LINGER_S
+                self.want_writable(True)
+                return
             except (OSError, ValueError) as error:
                 if not self._is_closing and not self._is_eof:
-                    # ``unwrap`` also reads, and fails if the peer was sending: what it sent is lost, and
-                    # must not look complete.
+                    # It came between the look and ``unwrap``: what is lost must not look complete.
                     self.fail(f"TLS could not be half-closed: {error}")
                     return
         if self._is_closing:
@@ -208,6 +227,14 @@ class TlsStream(Stream):
                 pass
             if self._is_eof or not self.linger_until:
                 self._release()
+
+    def _has_unread(self) -> bool:
+        if self._is_eof:
+            return False
+        try:
+            return bool(socket.socket.recv(self.sock, 1, socket.MSG_PEEK))
+        except OSError:
+            return False
 
     def _recv_raw(self) -> bytes:
         return socket.socket.recv(self.sock, READ_BYTES)  # the ciphertext: nobody wants to know

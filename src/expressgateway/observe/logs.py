@@ -43,7 +43,8 @@ class TextFormatter(JsonFormatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = "".join(f" {name}={value}" for name, value in getattr(record, "fields", {}).items())
         begin = f"{self.formatTime(record)} {record.levelname.lower():7} {self._process}:"
-        line = f"{begin} {record.getMessage()}{fields}"
+        # A peer's line break must not begin a line of ours.
+        line = f"{begin} {record.getMessage()}{fields}".replace("\r", "\\r").replace("\n", "\\n")
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
@@ -69,12 +70,14 @@ def configure(process: str) -> None:
 class Limited:
     """Rate-limited lines for what peers can cause: one per kind and source in a minute, then a summary."""
 
-    __slots__ = ("_clock", "_held", "_log", "_since")
+    __slots__ = ("_begun", "_clock", "_held", "_log", "_shared", "_since")
 
     def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._log = log
         self._clock = clock
         self._since: dict[tuple[str, str], float] = {}
+        self._begun = 0.0  # when the first of those sources was remembered
+        self._shared: dict[str, float] = {}
         self._held: dict[str, int] = {}
 
     def warning(self, kind: str, source: str, message: str, **fields: object) -> None:
@@ -84,9 +87,26 @@ class Limited:
         if since is not None and now - since < _WINDOW_S:
             self._held[kind] = self._held.get(kind, 0) + 1
             return
-        if len(self._since) >= _MAX_SOURCES:
+        if since is None and len(self._since) >= _MAX_SOURCES:
+            if now - self._begun < _WINDOW_S:
+                self._others(kind, message, fields, now)
+                return
             self._since.clear()
+        if not self._since:
+            self._begun = now
         self._since[key] = now
+        self._write(kind, source, message, fields)
+
+    def _others(self, kind: str, message: str, fields: dict[str, object], now: float) -> None:
+        """A source too many: all of these share one line a minute and kind."""
+        since = self._shared.get(kind)
+        if since is not None and now - since < _WINDOW_S:
+            self._held[kind] = self._held.get(kind, 0) + 1
+            return
+        self._shared[kind] = now  # kinds are a closed set
+        self._write(kind, "many", message, fields)
+
+    def _write(self, kind: str, source: str, message: str, fields: dict[str, object]) -> None:
         held = self._held.pop(kind, 0)
         if held:
             fields["not_logged"] = held

@@ -48,7 +48,9 @@ class Discovery:
         self._settings: tuple[BackendSettings, ...] = ()
         self._policy = pool.policy
         self._answers: dict[str, tuple[str, ...]] = {}  # one entry per configured name
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []  # one per configured name
+        self._unasked: set[str] = set()
+        self._is_asked = asyncio.Event()
 
     def apply(self, settings: Sequence[BackendSettings], policy: str) -> None:
         """Literal addresses count from now on; names from their first answer (or the one known already)."""
@@ -58,46 +60,45 @@ class Discovery:
         self._answers = {name: self._answers[name] for name in names if name in self._answers}
         self._publish()
         self.close()
-        if names:
-            self._task = asyncio.get_running_loop().create_task(
-                self._watch(sorted(names)), name=f"discovery {self._pool.name}"
-            )
+        self._unasked = set(names)
+        self._is_asked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(self._watch(name), name=f"discovery {self._pool.name} {name}") for name in names
+        ]
 
     def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            self._task = None
+        for task in self._tasks:
+            task.cancel()
+        self._tasks = []
 
     async def first_answers(self, timeout_s: float) -> None:
-        """Wait until every name was asked for once, or the time is up."""
-        names = {each.host for each in self._settings if not is_literal(each.host)}
-        questions = [self._resolver.resolve(name) for name in names - self._answers.keys()]
-        if questions:
+        """Wait until every name was asked for once and what was found is in the pool, or the time is up."""
+        if self._unasked:
             try:
                 async with asyncio.timeout(timeout_s):
-                    await asyncio.gather(*questions, return_exceptions=True)
+                    await self._is_asked.wait()
             except TimeoutError:
                 return
 
-    async def _watch(self, names: Sequence[str]) -> None:
+    async def _watch(self, name: str) -> None:
+        """One name's task: a name that does not resolve holds no other one up."""
         while True:
-            wait_s = _MAX_WAIT_S
-            has_changed = False
-            for name in names:
-                try:
-                    answer = await self._resolver.resolve(name)
-                except DnsError as error:
-                    limited.warning("dns", name, f"a backend's name could not be resolved: {error}")
-                    wait_s = min(wait_s, _RETRY_S)
-                    continue
-                wait_s = min(wait_s, answer.ttl_s)
+            try:
+                answer = await self._resolver.resolve(name)
+            except DnsError as error:
+                limited.warning("dns", name, f"a backend's name could not be resolved: {error}")
+                wait_s = _RETRY_S
+                if not self._pool.backends:
+                    self._pool.empty_fault = Fault.DNS
+            else:
+                wait_s = min(answer.ttl_s, _MAX_WAIT_S)
                 if self._answers.get(name) != answer.addresses:
                     self._answers[name] = answer.addresses
-                    has_changed = True
-            if has_changed:
-                self._publish()
-            elif not self._pool.backends:
-                self._pool.empty_fault = Fault.DNS
+                    self._publish()
+            self._unasked.discard(name)
+            if not self._unasked:
+                self._is_asked.set()
             await asyncio.sleep(max(wait_s, _MIN_WAIT_S))
 
     def _publish(self) -> None:

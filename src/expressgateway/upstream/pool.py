@@ -81,15 +81,24 @@ class Pool:
         if backend is not None:
             if backend.is_available and backend not in tried:
                 return backend
+            if tried:
+                # One exchange's second choice takes no turn: else two backends, one of them down, would be
+                # in step with the turns, and every exchange would ask the dead one first.
+                return self._walk(tried[-1], tried)
             # A policy that takes turns goes on to the next turn, so that the share of one that is down is
             # spread evenly; one that goes by a key repeats itself and is asked for its second choice.
             for _ in range(min(len(self.backends), _TURNS)):
                 other = self.selection.pick(key)
                 if other is not None and other.is_available and other not in tried:
                     return other
-            for other in self.selection.others(backend):
-                if other.is_available and other not in tried:
-                    return other
+            return self._walk(backend, tried)
+        self.unavailable += 1
+        return None
+
+    def _walk(self, first: Backend, tried: Sequence[Backend]) -> Backend | None:
+        for other in self.selection.others(first):
+            if other.is_available and other not in tried:
+                return other
         self.unavailable += 1
         return None
 

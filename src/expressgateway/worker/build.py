@@ -4,6 +4,7 @@ Everything that can fail is done in ``compile``, which touches nothing that runs
 in place by ``runtime`` without any step that could fail half-way.
 """
 
+import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def _tls(config: Config, listener: ListenerConfig, files: Files) -> ServerTls | 
     pairs = [(tls.cert_path, tls.key_path), *((each.cert_path, each.key_path) for each in tls.certificates)]
     settings = config.runtime.tls
     try:
-        return ServerTls(
+        made = ServerTls(
             [CertificatePair(files[str(cert)], files[str(key)], str(cert)) for cert, key in pairs],
             client_auth=tls.client_auth,
             client_ca_pem=files[str(tls.client_ca_path)] if tls.client_ca_path is not None else None,
@@ -90,6 +91,11 @@ def _tls(config: Config, listener: ListenerConfig, files: Files) -> ServerTls | 
         )
     except TlsConfigError as error:
         raise SnapshotError(f"listener {listener.name}: {error}") from error
+    if not listener.is_http:
+        # Layer 4 has no framing to lose: FIN without close_notify is an end like any other, and what is still
+        # to be sent the other way must not be lost by it.
+        made.context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF
+    return made
 
 
 def _backend(backend: BackendConfig, files: Files) -> BackendSettings:

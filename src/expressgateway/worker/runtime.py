@@ -21,6 +21,7 @@ from expressgateway.net.http_listener import HttpListener
 from expressgateway.net.listener import Census
 from expressgateway.net.reactor import Reactor
 from expressgateway.net.tickets import TicketsUnavailable, unpack_keys
+from expressgateway.net.tls import TlsConfigError
 from expressgateway.observe.counters import CLASSES, ListenerCounters, Sample
 from expressgateway.proxy.forwarding import Ids
 from expressgateway.upstream.backend import Backend
@@ -32,6 +33,7 @@ from expressgateway.worker.build import (
     ListenerPlan,
     Plan,
     PoolPlan,
+    SnapshotError,
     compile_snapshot,
     h1_limits,
     http_service,
@@ -63,7 +65,7 @@ class Runtime:
         self._retired: list[Pool] = []  # removed by a reload, until their exchanges have ended
         self._discoveries: dict[str, Discovery] = {}
         self._dialler = Dialler(self.reactor, 5.0, ("http/1.1",))
-        self._l4_dialler = Dialler(self.reactor, 5.0, ())
+        self._l4_dialler = Dialler(self.reactor, 5.0, (), is_framed=False)
         self._counters: dict[int, ListenerCounters] = {}
         self._listeners: dict[int, AnyListener] = {}
         self._tickets: dict[str, bytes] = {}
@@ -78,14 +80,17 @@ class Runtime:
         """Take a snapshot into use. Raises ``SnapshotError`` and changes nothing if it cannot be served."""
         plan = compile_snapshot(config, files)
         dialler = Dialler(self.reactor, config.runtime.connect_timeout_ms / 1000, ("http/1.1",))
-        l4_dialler = Dialler(self.reactor, config.runtime.connect_timeout_ms / 1000, ())
+        l4_dialler = Dialler(self.reactor, config.runtime.connect_timeout_ms / 1000, (), is_framed=False)
         for position, each in enumerate(plan.listeners):
             chosen = dialler if each.config.is_http else l4_dialler
             for backend in plan.pools[each.pool].backends:
                 if backend.tls is not None:
-                    chosen.context_for(backend.tls)
+                    try:
+                        chosen.context_for(backend.tls)
+                    except TlsConfigError as error:
+                        raise SnapshotError(f"pool {each.pool}, backend {backend.id}: {error}") from error
             if position not in self._sockets:
-                raise LookupError(f"no socket for listener {each.config.name}")
+                raise SnapshotError(f"there is no socket for listener {each.config.name}")
         # From here on nothing fails.
         self._dialler.take_over(dialler)
         self._l4_dialler.take_over(l4_dialler)
@@ -204,12 +209,14 @@ class Runtime:
         self._lag_s = max(0.0, now - self._swept_at - self._tick_s)
         self._swept_at = now
         self.reactor.now = now
-        for listener in self._listeners.values():
-            listener.sweep(now)
-        for pool in (*self._pools.values(), *self._retired):
-            pool.sweep(now)
-        self._retired = [pool for pool in self._retired if pool.is_busy]
+        # First of all: whatever fails below, every timeout hangs on the next sweep.
         self._loop.call_later(self._tick_s, self._sweep)
+        for swept in (*self._listeners.values(), *self._pools.values(), *self._retired):
+            try:
+                swept.sweep(now)
+            except Exception:  # noqa: BLE001 - the safety net, as in the reactor
+                self.reactor.fault(swept.sweep)
+        self._retired = [pool for pool in self._retired if pool.is_busy]
 
     def stop_accepting(self) -> None:
         for listener in self._listeners.values():

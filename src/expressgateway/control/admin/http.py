@@ -96,7 +96,7 @@ class AdminServer:
         self._sock = sock
         self._answer = answer
         self._timeout_s = timeout_s
-        self._open: set[asyncio.StreamWriter] = set()
+        self._open: dict[asyncio.StreamWriter, asyncio.Task[None] | None] = {}
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -106,14 +106,16 @@ class AdminServer:
         """Stop at once; answers under way are cut off."""
         if self._server is not None:
             self._server.close()
+        tasks = [task for task in self._open.values() if task is not None]
         for writer in list(self._open):
             writer.transport.abort()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._open) >= MAX_CONNECTIONS:
             writer.transport.abort()
             return
-        self._open.add(writer)
+        self._open[writer] = asyncio.current_task()
         try:
             async with asyncio.timeout(self._timeout_s):
                 request, response = await self._exchange(reader)
@@ -130,7 +132,7 @@ class AdminServer:
         except Exception:
             log.exception("the admin listener failed to answer: this is a defect")
         finally:
-            self._open.discard(writer)
+            self._open.pop(writer, None)
             writer.transport.abort()
 
     async def _exchange(self, reader: asyncio.StreamReader) -> tuple[Request | None, Response]:

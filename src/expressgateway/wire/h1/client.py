@@ -419,12 +419,13 @@ class H1Client:
         else:
             self._fail(TruncatedError("the backend closed the connection inside its response"))
 
-    def receive_reset(self) -> None:
-        """The connection is gone. Never raises."""
+    def receive_reset(self, detail: str = "") -> None:
+        """The connection is gone; ``detail``: what was heard of the cause. Never raises."""
+        detail = f": {detail}" if detail else ""
         if self._has_begun:
-            self._fail(TruncatedError("the backend reset the connection inside its response"))
+            self._fail(TruncatedError(f"the backend reset the connection inside its response{detail}"))
         else:
-            self._fail(PeerClosedError("the backend reset the connection"))
+            self._fail(PeerClosedError(f"the backend reset the connection{detail}"))
 
     def _fail(self, error: WireError) -> None:
         self.reading = BROKEN
