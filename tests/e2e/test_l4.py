@@ -87,13 +87,7 @@ both_but_for_unwrap = pytest.mark.parametrize(
     "front",
     [
         "tcp",
-        pytest.param(
-            "tls",
-            marks=pytest.mark.xfail(
-                strict=False,  # a matter of microseconds
-                reason="Python's unwrap also reads, and fails on what a client is just sending",
-            ),
-        ),
+        "tls",
     ],
 )
 

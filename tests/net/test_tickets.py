@@ -274,7 +274,7 @@ class TestResumption:
     def test_one_key_only_where_openssl_has_no_callback(
         self, version: ssl.TLSVersion, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(tickets._LibSsl.open(), "aes_256_cbc", None)  # as before OpenSSL 3
+        monkeypatch.setattr(tickets.LibSsl.open(), "aes_256_cbc", None)  # as before OpenSSL 3
         schedule, client = numbered(), trusting()
         one, two = server(version), server(version)
         for worker in (one, two):
@@ -336,7 +336,7 @@ def test_building_and_dropping_leaks_nothing() -> None:
 class TestGuards:
     @pytest.fixture(autouse=True)
     def unopened(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tickets._LibSsl, "_opened", None)
+        monkeypatch.setattr(tickets.LibSsl, "_opened", None)
 
     def refuses(self, reason: str) -> None:
         worker = server(TLS_1_3)
@@ -360,20 +360,20 @@ class TestGuards:
 
     @pytest.mark.parametrize("address", [0x1, 0x7, 0xDEADBEE8, 1 << 63, id(object) + 1])
     def test_no_pointer_where_it_should_be(self, monkeypatch: pytest.MonkeyPatch, address: int) -> None:
-        monkeypatch.setattr(tickets._LibSsl, "pointer_of", lambda _self, _context: address)
+        monkeypatch.setattr(tickets.LibSsl, "pointer_of", lambda _self, _context: address)
         self.refuses("is not a pointer")
 
     def test_a_pointer_to_something_else(self, monkeypatch: pytest.MonkeyPatch) -> None:
         other = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        where = tickets._LibSsl().pointer_of(other)
-        monkeypatch.setattr(tickets._LibSsl, "pointer_of", lambda _self, _context: where)
+        where = tickets.LibSsl().pointer_of(other)
+        monkeypatch.setattr(tickets.LibSsl, "pointer_of", lambda _self, _context: where)
         self.refuses("does not read as Python describes it")
 
     def test_read_only_memory_is_no_context(self) -> None:
         with open("/proc/self/maps", encoding="ascii") as maps:
             first = next(int(line.split("-")[0], 16) for line in maps if " r--p " in line)
-        assert not tickets._is_writable_memory(first)
-        assert not tickets._is_writable_memory(0)
+        assert not tickets.is_writable_memory(first)
+        assert not tickets.is_writable_memory(0)
 
 
 # --- two processes, and a client we did not write -----------------------------------------------------------

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from expressgateway.net import tls_stream
 from expressgateway.net.stream import HIGH_BYTES, LINGER_S
 from expressgateway.net.tls import ServerTls
+from expressgateway.net.tls_end import Ended, send_close_notify
 from expressgateway.net.tls_stream import TlsStream
 from tests.net.loopback import PATIENCE_S, Owner, Peer, World, connection, narrow, run
 from tests.net.tls_peers import alice, ca, issue, site, trusting
@@ -389,8 +391,19 @@ class TestEnding:
         run(test)
 
     @pytest.mark.parametrize("is_closed", [False, True])
-    def test_close_notify_waits_for_room(self, is_closed: bool) -> None:
+    @pytest.mark.parametrize("is_native", [True, False], ids=["openssl", "unwrap"])
+    def test_close_notify_waits_for_room(
+        self, is_closed: bool, is_native: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """The kernel took the last record and has no room for another: the end must wait, not be lost."""
+        busy = [Ended.WANTS_WRITABLE, Ended.WANTS_WRITABLE]  # it does not run out of room on demand
+
+        def end(connection: ssl.SSLSocket) -> Ended:
+            if is_native:
+                return busy.pop() if busy else send_close_notify(connection)
+            return Ended.UNAVAILABLE
+
+        monkeypatch.setattr(tls_stream, "send_close_notify", end)
 
         async def test(world: World) -> None:
             stream, owner, peer, sock = await secured(world, is_narrow=True)
@@ -398,14 +411,14 @@ class TestEnding:
             tls = stream.tls
             assert tls is not None
             unwrap = tls.unwrap
-            refusals = [ssl.SSLWantWriteError(), ssl.SSLWantWriteError()]
 
-            def busy() -> socket.socket:
-                if refusals:
-                    raise refusals.pop()
+            def busy_unwrap() -> socket.socket:
+                if busy:
+                    busy.pop()
+                    raise ssl.SSLWantWriteError
                 return unwrap()
 
-            tls.unwrap = busy  # type: ignore[method-assign]  # the kernel does not run out of room on demand
+            tls.unwrap = busy_unwrap  # type: ignore[method-assign]
             if is_closed:
                 stream.close()
                 assert not owner.is_released
@@ -413,7 +426,7 @@ class TestEnding:
                 stream.write_eof()
             got, end = await peer.do(receive_all, sock)
             assert (got == BULK[:100_000], end) == (True, "close_notify")
-            assert refusals == []
+            assert busy == []
             stream.close()
             peer.close()
             await world.until(lambda: owner.is_released)

@@ -223,7 +223,10 @@ class Listener:
 
     def _take(self, connection: Connection, ip: str) -> None:
         self._connections[connection] = ip
-        connection.begin()
+        try:
+            connection.begin()
+        except Exception:  # noqa: BLE001 - the safety net, as in the reactor: this connection only
+            self.reactor.fault(connection.begin)
 
     def introduce(self, introduction: "_Introduction", sock: socket.socket, caller: Caller) -> None:
         """A PROXY header told who the client is: count it under that address from here on."""

@@ -10,7 +10,7 @@ what else must be equal for a ticket to be good (the client-certificate policy, 
 
 Python's `ssl` cannot set ticket keys, so the OpenSSL that `_ssl` itself uses is called through `ctypes`. A
 wrong guess about where `_ssl` keeps its `SSL_CTX` pointer would be a crash, so the guess is proved on a
-context made for the purpose before any other one is touched (`_LibSsl.open`), and each context is compared
+context made for the purpose before any other one is touched (`LibSsl.open`), and each context is compared
 with what Python says about it. Whatever does not fit raises `TicketsUnavailable`: the caller says so once and
 goes on with tickets of one worker.
 
@@ -225,7 +225,7 @@ class _KeyRing:
 
     __slots__ = ("_keys", "callback")
 
-    def __init__(self, lib: _LibSsl) -> None:
+    def __init__(self, lib: LibSsl) -> None:
         self._keys: list[dict[bytes, _SealingKey]] = [{}]
         self.callback = _TicketCallback(_make_callback(lib, self._keys))
 
@@ -236,7 +236,7 @@ class _KeyRing:
 
 
 def _make_callback(
-    lib: _LibSsl, holder: list[dict[bytes, _SealingKey]]
+    lib: LibSsl, holder: list[dict[bytes, _SealingKey]]
 ) -> Callable[[int, int, int, int, int, int], int]:
     """The ticket callback over what `holder` holds. A closure over a list, not a method: no cycle with the
     ring.
@@ -271,17 +271,17 @@ def _make_callback(
     return ticket_key
 
 
-class _LibSsl:
+class LibSsl:
     """The functions of the OpenSSL that `_ssl` is linked to. `open` is the only way to one."""
 
-    _opened: _LibSsl | None = None
+    _opened: LibSsl | None = None
 
     def __init__(self) -> None:
         # dlopen of `_ssl` itself: symbols are then looked up in it and in the libraries it was linked to, in
         # that order, so neither a second OpenSSL in the process nor a static build can be confused with it.
         # PyDLL: these calls take well under a microsecond, less than giving the GIL away and back.
         try:
-            lib = ctypes.PyDLL(getattr(_ssl, "__file__", None))
+            lib = ctypes.PyDLL(self.path())
             pointer, number = ctypes.c_void_p, ctypes.c_int
             lib.OpenSSL_version_num.restype = ctypes.c_ulong
             lib.SSL_CTX_get_options.restype = ctypes.c_uint64
@@ -318,8 +318,14 @@ class _LibSsl:
         # do.
         self.aes_256_cbc = lib.EVP_CIPHER_fetch(None, b"AES-256-CBC", None)
 
+    @staticmethod
+    def path() -> str | None:
+        """What to load; the program itself where `_ssl` is built in."""
+        path: str | None = getattr(_ssl, "__file__", None)
+        return path
+
     @classmethod
-    def open(cls) -> _LibSsl:
+    def open(cls) -> LibSsl:
         """The one instance, proved to read contexts right. Raises TicketsUnavailable."""
         if cls._opened is None:
             lib = cls()
@@ -356,7 +362,7 @@ class _LibSsl:
         probe = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         pointer = self.pointer_of(probe)
         # Before the first look at what it points to: OpenSSL would crash on an address that is not ours.
-        if pointer % 8 or not _is_writable_memory(pointer):
+        if pointer % 8 or not is_writable_memory(pointer):
             raise TicketsUnavailable("what should be the OpenSSL context of an SSLContext is not a pointer")
         for option, verify_mode, version in (
             (ssl.OP_NO_TICKET, ssl.CERT_REQUIRED, ssl.TLSVersion.TLSv1_3),
@@ -373,7 +379,7 @@ class _LibSsl:
                 )
 
 
-def _is_writable_memory(address: int) -> bool:
+def is_writable_memory(address: int) -> bool:
     try:
         with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
             for line in maps:
@@ -407,7 +413,7 @@ def install_ticket_keys(context: ssl.SSLContext, keys: Sequence[TicketKey], scop
     """
     if not keys:
         raise ValueError("at least one ticket key is needed")
-    lib = _LibSsl.open()
+    lib = LibSsl.open()
     pointer = lib.pointer_of(context)
     if not lib.agrees(pointer, context):
         raise TicketsUnavailable("the OpenSSL context of an SSLContext does not read as Python describes it")
@@ -429,7 +435,7 @@ def install_ticket_keys(context: ssl.SSLContext, keys: Sequence[TicketKey], scop
     return True
 
 
-def _install_single_key(lib: _LibSsl, pointer: int, key: _SealingKey) -> bool:
+def _install_single_key(lib: LibSsl, pointer: int, key: _SealingKey) -> bool:
     material = key.name + key.mac_key + key.cipher_key
     if lib.ctrl(pointer, _SET_TICKET_KEYS, len(material), material) != 1:
         raise TicketsUnavailable("OpenSSL refused the ticket key")

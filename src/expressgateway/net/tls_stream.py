@@ -10,6 +10,7 @@ from typing import Final
 
 from expressgateway.net.reactor import IN, OUT, Reactor
 from expressgateway.net.stream import LINGER_S, READ_BYTES, Stream, StreamOwner
+from expressgateway.net.tls_end import Ended, send_close_notify
 
 _RECORD_BYTES: Final = 16384  # RFC 8446 5.1: the most plaintext in one record
 _RECORDS: Final = 8  # read at once while each is full
@@ -202,24 +203,16 @@ class TlsStream(Stream):
         self._is_end_due = False
         self.want_writable(False)
         if tls is not None and not self._is_shaking_hands:
-            if not self._is_closing and self._has_unread():
-                self._is_end_due = True  # ``unwrap`` reads as well, and would lose it: the end comes after it
-                return
-            try:
-                tls.unwrap()
-            except ssl.SSLWantReadError:
-                pass  # the normal outcome: ours is sent, the peer's has not come
-            except ssl.SSLWantWriteError:
+            ended = self._end_tls(tls)
+            if ended is Ended.WANTS_WRITABLE:
                 self._is_end_due = True
                 if self._is_closing and not self.linger_until:
                     self.linger_until = self.reactor.now + LINGER_S
                 self.want_writable(True)
                 return
-            except (OSError, ValueError) as error:
-                if not self._is_closing and not self._is_eof:
-                    # It came between the look and ``unwrap``: what is lost must not look complete.
-                    self.fail(f"TLS could not be half-closed: {error}")
-                    return
+            if ended is Ended.FAILED and not self._is_closing and not self._is_eof:
+                self.fail("TLS could not be half-closed")
+                return
         if self._is_closing:
             try:
                 socket.socket.shutdown(self.sock, socket.SHUT_WR)
@@ -227,6 +220,23 @@ class TlsStream(Stream):
                 pass
             if self._is_eof or not self.linger_until:
                 self._release()
+
+    def _end_tls(self, tls: ssl.SSLSocket) -> Ended:
+        ended = send_close_notify(tls)
+        if ended is not Ended.UNAVAILABLE:
+            return ended
+        # ``unwrap`` reads as well, and what it reads is lost: the end waits for what is seen to be unread.
+        if not self._is_closing and self._has_unread():
+            return Ended.WANTS_WRITABLE
+        try:
+            tls.unwrap()
+        except ssl.SSLWantReadError:
+            return Ended.DONE  # ours is sent, the peer's has not come
+        except ssl.SSLWantWriteError:
+            return Ended.WANTS_WRITABLE
+        except (OSError, ValueError):
+            return Ended.FAILED
+        return Ended.DONE
 
     def _has_unread(self) -> bool:
         if self._is_eof:

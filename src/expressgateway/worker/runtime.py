@@ -32,7 +32,6 @@ from expressgateway.worker.build import (
     Files,
     ListenerPlan,
     Plan,
-    PoolPlan,
     SnapshotError,
     compile_snapshot,
     h1_limits,
@@ -64,6 +63,7 @@ class Runtime:
         self._pools: dict[str, Pool] = {}
         self._retired: list[Pool] = []  # removed by a reload, until their exchanges have ended
         self._discoveries: dict[str, Discovery] = {}
+        self._attaches: dict[str, _Attach] = {}
         self._dialler = Dialler(self.reactor, 5.0, ("http/1.1",))
         self._l4_dialler = Dialler(self.reactor, 5.0, (), is_framed=False)
         self._counters: dict[int, ListenerCounters] = {}
@@ -111,22 +111,18 @@ class Runtime:
             if name not in plan.pools:
                 pool = self._pools.pop(name)
                 self._discoveries.pop(name).close()
+                del self._attaches[name]
                 pool.replace((), pool.policy)
                 self._retired.append(pool)
         for name, pool_plan in plan.pools.items():
             known = self._pools.get(name)
             if known is None:
-                known = Pool(name, pool_plan.policy, self._attach_for(plan, name))
-                self._pools[name] = known
+                attach = self._attaches[name] = _Attach(self.reactor)
+                known = self._pools[name] = Pool(name, pool_plan.policy, attach)
                 self._discoveries[name] = Discovery(known, self._resolver)
-            self._apply_pool(pool_plan)
-
-    def _apply_pool(self, pool_plan: PoolPlan) -> None:
-        self._discoveries[pool_plan.name].apply(pool_plan.backends, pool_plan.policy)
-
-    def _attach_for(self, plan: Plan, pool: str) -> "_Attach":
-        is_http = any(each.config.is_http for each in plan.listeners if each.pool == pool)
-        return _Attach(self.reactor, self._dialler if is_http else None)
+            if any(each.config.is_http for each in plan.listeners if each.pool == name):
+                self._attaches[name].begin_http(self._dialler, known)
+            self._discoveries[name].apply(pool_plan.backends, pool_plan.policy)
 
     def _set_listener(self, position: int, each: ListenerPlan, config: Config) -> None:
         pool = self._pools[each.pool]
@@ -299,9 +295,16 @@ class Runtime:
 class _Attach:
     """Gives a new backend its connections; a layer 4 pool's backends are dialled per connection."""
 
-    def __init__(self, reactor: Reactor, dialler: Dialler | None) -> None:
+    def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
-        self._dialler = dialler
+        self._dialler: Dialler | None = None
+
+    def begin_http(self, dialler: Dialler, pool: Pool) -> None:
+        """An HTTP listener uses the pool: also one that only relays had used before. Idempotent."""
+        if self._dialler is None:
+            self._dialler = dialler
+            for backend in pool.backends:
+                self(backend)
 
     def __call__(self, backend: Backend) -> None:
         if self._dialler is not None:
