@@ -1,4 +1,4 @@
-"""The rooms' arrows: who may import whom, read from the source. The table is the architecture; see it there."""
+"""The rooms' arrows: who may import whom, read from the source. The table is the architecture."""
 
 import ast
 from collections.abc import Iterator

@@ -1,31 +1,27 @@
-"""The relay of bytes: both directions, their ends, what happens to a backend that is not there, and bounds."""
+"""The relay of bytes: both directions, their ends, a backend that is not there, and bounds."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from expressgateway.l4 import splice
 from expressgateway.l4.tcp import IDLE_S, Relay, TcpListener
 from expressgateway.net.stream import STUCK_S
 from tests.net.loopback import Backend, Peer, World, is_reset, refused_address, run
 from tests.worker.inside import Inside, listener, pool
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 BULK = os.urandom(1 << 20) * 4
 
 
 @pytest.fixture(params=[True, False], ids=["splice", "plain"])
-def with_splice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+def with_splice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """The fast path is optional: everything here holds without it."""
     if not request.param:
         monkeypatch.setattr("expressgateway.l4.tcp.can_splice", lambda source, target: False)
-    yield request.param
+    return bool(request.param)
 
 
 class Scene:
@@ -181,37 +177,7 @@ class TestEnding:
 
         run(test)
 
-    @pytest.mark.usefixtures("with_splice")
-    def test_the_end_of_both_with_a_rest_nobody_takes_is_bounded(self) -> None:
-        async def test(world: World) -> None:
-            scene = Scene(world)
-            await scene.begin()
-            client, peer = await scene.pair()
-            client.write_eof()
-            # More than all buffers on the way take, and less than they and a backlog do.
-            sending = asyncio.ensure_future(peer.send(BULK * 2))
-            with_rest = False
-            for _ in range(400):
-                await world.turns(1)
-                stream = scene.relay._client.stream
-                assert stream is not None
-                with_rest = bool(stream.backlog_bytes or stream.drain_first)
-                if with_rest:
-                    break
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
-            peer.write_eof()
-            if with_rest and scene.listener.open and scene.relay._is_over:
-                now = scene.inside.runtime.reactor.now
-                scene.listener.sweep(now)
-                scene.listener.sweep(now + STUCK_S + 1)
-                assert scene.listener.open == 0
-            scene.inside.runtime._listeners[0].go_away()
-            await scene.close(client, peer)
-
-        run(test)
-
-    def test_small_rest_nobody_takes(self) -> None:
+    def test_a_rest_that_nobody_takes_is_given_up(self) -> None:
         """Both sides have ended; the client does not read what is left for it."""
 
         async def test(world: World) -> None:
@@ -220,8 +186,8 @@ class TestEnding:
             client, peer = await scene.pair()
             stream = scene.relay._client.stream
             assert stream is not None
-            stream.write([BULK, BULK])  # as if the backend had sent it in one batch
-            assert stream.backlog_bytes
+            while not stream.backlog_bytes:
+                stream.write([BULK[:10_000]])  # as if the backend had sent it
             client.write_eof()
             peer.write_eof()
             await world.until(lambda: scene.relay._is_over)
@@ -250,7 +216,7 @@ class TestBackends:
                 peer.close()
                 await world.until(lambda: not scene.listener.open)
             bad, good = scene.inside.pool("p").backends
-            assert (bad.connect_failures, bad.in_flight) == (1, 0)
+            assert (bad.connect_failures, bad.in_flight) == (2, 0)  # it has its turn each time
             assert (good.responses[2], good.in_flight) == (2, 0)
             await scene.close()
 
@@ -288,7 +254,7 @@ def test_pipes_are_closed_when_they_cannot_be_had(monkeypatch: pytest.MonkeyPatc
     def exhausted(flags: int) -> tuple[int, int]:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(splice.os, "pipe2", exhausted)
+    monkeypatch.setattr("expressgateway.l4.splice.os.pipe2", exhausted)
 
     async def test(world: World) -> None:
         scene = Scene(world)

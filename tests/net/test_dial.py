@@ -79,7 +79,7 @@ def test_the_proxy_header_comes_before_anything_else(version: Any, addresses: An
 def test_the_proxy_header_is_in_the_clear_before_tls() -> None:
     async def test(world: World) -> None:
         there = loopback.Backend()
-        stream, owner = dial(world, backend(there.address, send_proxy="v1", tls=TLS))
+        stream, _ = dial(world, backend(there.address, send_proxy="v1", tls=TLS))
         peer = await there.accept()
         assert await peer.read_until(b"\r\n") == b"PROXY TCP4 192.0.2.7 198.51.100.1 4711 80\r\n"
         assert (await peer.read_exactly(1)) == b"\x16"
@@ -94,7 +94,7 @@ def test_refused_is_called_refused() -> None:
     async def test(world: World) -> None:
         for tls in (None, TLS):
             _, owner = dial(world, backend(refused_address(), tls=tls))
-            await world.until(lambda owner=owner: owner.is_released)
+            await world.until(owner.has_ended)
             assert owner.fault is Fault.REFUSED
 
     run(test)
@@ -103,7 +103,7 @@ def test_refused_is_called_refused() -> None:
 def test_no_way_there_is_called_unreachable() -> None:
     async def test(world: World) -> None:
         _, owner = dial(world, backend(("255.255.255.255", 9)))
-        await world.until(lambda: owner.is_released)
+        await world.until(owner.has_ended)
         assert owner.fault in (Fault.UNREACHABLE, Fault.REFUSED)
 
     run(test)
@@ -152,7 +152,7 @@ def test_what_is_no_tls_is_called_tls(is_abrupt: bool) -> None:
         if not is_abrupt:
             await peer.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         peer.reset()
-        await world.until(lambda: owner.is_released)
+        await world.until(owner.has_ended)
         assert owner.fault is Fault.TLS
         there.close()
 

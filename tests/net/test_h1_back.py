@@ -87,7 +87,7 @@ class Scene:
 
     def ask(self, waiter: Waiter) -> None:
         assert waiter.stream is not None
-        waiter.stream.send_head(RequestHead(b"GET", b"http", b"a.test", b"/", []), True)
+        waiter.stream.send_head(RequestHead(b"GET", b"http", b"a.test", b"/", ()), True)
 
     async def open(self, fresh: bool = False) -> tuple[Waiter, Peer]:
         """A waiter with a connection of its own, dialled for it."""

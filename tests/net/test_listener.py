@@ -116,7 +116,7 @@ class TestCaps:
     @pytest.mark.parametrize(("caps", "reason"), [({"total": 1}, "process_cap"), ({"per_ip": 1}, "ip_cap")])
     def test_one_too_many_is_told_and_counted(self, caps: dict[str, int], reason: str) -> None:
         async def test(world: World) -> None:
-            hall = Hall(world, **caps)
+            hall = Hall(world, total=caps.get("total", 100), per_ip=caps.get("per_ip", 100))
             hall.start()
             first, second = hall.call(), hall.call()
             assert await second.read_all() == b"full"
@@ -242,7 +242,7 @@ class TestTrouble:
             hall.start()
             gone, peer = hall.call(), hall.call()
             gone.reset()
-            await world.until(lambda: any(not guest.is_released for guest in hall.guests))
+            await world.until(lambda: any(not guest.has_ended() for guest in hall.guests))
             assert dict(hall.counters.accept_errors) == {"ECONNABORTED": 1}
             peer.close()
             await hall.empty()
@@ -258,7 +258,7 @@ class TestTrouble:
             hall.guests[0].trouble = ValueError("a defect")
             hall.sweep(0.0)
             hall.sweep(0.0)
-            assert hall.guests[0].is_released
+            assert hall.guests[0].has_ended()
             assert hall.guests[1].calls == ["open", "sweep", "sweep"]
             assert hall.open == 1
             for peer in peers:

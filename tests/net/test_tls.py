@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from expressgateway.net import tls
 from expressgateway.net.tls import CertificatePair, ServerTls, TlsConfigError, client_context
+from expressgateway.net.tls_stream import is_ragged_eof
 from tests.net.tls_peers import (
     alice,
     ca,
@@ -292,8 +293,9 @@ class TestProtocol:
         reader, closer = (near, far) if kind == "server" else (far, near)
         with near, far:
             socket.socket.shutdown(closer, socket.SHUT_WR)
-            with pytest.raises(ssl.SSLEOFError):
+            with pytest.raises(ssl.SSLError) as caught:
                 reader.recv(10)
+            assert is_ragged_eof(caught.value)
 
 
 # --- client certificates ------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ class TestLimited:
         assert len(limited._since) <= 10
         now[0] += 61
         limited.warning("flood", "new", "no")
-        assert log.seen[-1]["source"] == "new"
+        assert (log.seen[-1]["source"], len(limited._since)) == ("new", 1)
         assert int(str(log.seen[-1]["not_logged"])) > 900
 
     def test_a_known_source_keeps_its_minute_when_the_table_is_full(

@@ -59,7 +59,7 @@ class World:
 
     async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(3):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - nobody signals it
                 await asyncio.sleep(0.001)
 
 

@@ -244,7 +244,7 @@ class Relay:
     def on_released(self, side: _Side) -> None:
         if side is self._upstream and (self._is_ready or self._is_over):
             backend = self._leave_backend()
-            if backend is not None:
+            if backend is not None and self._is_ready:
                 backend.responses[2] += 1
         elif side is self._client:
             for splice in self._splices.values():

@@ -18,6 +18,13 @@ _TCP_CLOSE: Final = 7  # tcpi_state after RST; FIN leaves it at CLOSE_WAIT
 _COALESCE_BYTES: Final = 16384  # small buffers are joined into one record up to this
 
 
+def is_ragged_eof(error: OSError) -> bool:
+    """Whether an error of ``ssl`` is FIN without close_notify. Python before 3.11.4 has no class for it."""
+    return (
+        isinstance(error, ssl.SSLEOFError) or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"
+    )
+
+
 class TlsStream(Stream):
     """``on_open`` is called after the handshake. A stream that ends without close_notify fails."""
 
@@ -136,11 +143,12 @@ class TlsStream(Stream):
             pass
         except ssl.SSLZeroReturnError:
             is_end = True
-        except ssl.SSLEOFError:
-            is_end = self.is_ragged_eof_allowed and not self._was_reset()
-            failure = "" if is_end else "the peer closed the connection without ending TLS"
         except OSError as error:
-            failure = getattr(error, "reason", None) or error.strerror or str(error)
+            if is_ragged_eof(error):
+                is_end = self.is_ragged_eof_allowed and not self._was_reset()
+                failure = "" if is_end else "the peer closed the connection without ending TLS"
+            else:
+                failure = getattr(error, "reason", None) or error.strerror or str(error)
         if chunks:
             data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
             self.bytes_in += len(data)
@@ -204,6 +212,9 @@ class TlsStream(Stream):
         self.want_writable(False)
         if tls is not None and not self._is_shaking_hands:
             ended = self._end_tls(tls)
+            if ended is None:
+                self._is_end_due = True
+                return
             if ended is Ended.WANTS_WRITABLE:
                 self._is_end_due = True
                 if self._is_closing and not self.linger_until:
@@ -221,13 +232,14 @@ class TlsStream(Stream):
             if self._is_eof or not self.linger_until:
                 self._release()
 
-    def _end_tls(self, tls: ssl.SSLSocket) -> Ended:
+    def _end_tls(self, tls: ssl.SSLSocket) -> Ended | None:
+        """``None``: not before what is unread was read."""
         ended = send_close_notify(tls)
         if ended is not Ended.UNAVAILABLE:
             return ended
         # ``unwrap`` reads as well, and what it reads is lost: the end waits for what is seen to be unread.
         if not self._is_closing and self._has_unread():
-            return Ended.WANTS_WRITABLE
+            return None
         try:
             tls.unwrap()
         except ssl.SSLWantReadError:

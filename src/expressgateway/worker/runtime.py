@@ -63,7 +63,6 @@ class Runtime:
         self._pools: dict[str, Pool] = {}
         self._retired: list[Pool] = []  # removed by a reload, until their exchanges have ended
         self._discoveries: dict[str, Discovery] = {}
-        self._attaches: dict[str, _Attach] = {}
         self._dialler = Dialler(self.reactor, 5.0, ("http/1.1",))
         self._l4_dialler = Dialler(self.reactor, 5.0, (), is_framed=False)
         self._counters: dict[int, ListenerCounters] = {}
@@ -111,17 +110,14 @@ class Runtime:
             if name not in plan.pools:
                 pool = self._pools.pop(name)
                 self._discoveries.pop(name).close()
-                del self._attaches[name]
                 pool.replace((), pool.policy)
                 self._retired.append(pool)
         for name, pool_plan in plan.pools.items():
             known = self._pools.get(name)
             if known is None:
-                attach = self._attaches[name] = _Attach(self.reactor)
+                attach = _Attach(self.reactor, self._dialler)
                 known = self._pools[name] = Pool(name, pool_plan.policy, attach)
                 self._discoveries[name] = Discovery(known, self._resolver)
-            if any(each.config.is_http for each in plan.listeners if each.pool == name):
-                self._attaches[name].begin_http(self._dialler, known)
             self._discoveries[name].apply(pool_plan.backends, pool_plan.policy)
 
     def _set_listener(self, position: int, each: ListenerPlan, config: Config) -> None:
@@ -295,19 +291,12 @@ class Runtime:
 class _Attach:
     """Gives a new backend its connections; a layer 4 pool's backends are dialled per connection."""
 
-    def __init__(self, reactor: Reactor) -> None:
+    def __init__(self, reactor: Reactor, dialler: Dialler) -> None:
         self._reactor = reactor
-        self._dialler: Dialler | None = None
-
-    def begin_http(self, dialler: Dialler, pool: Pool) -> None:
-        """An HTTP listener uses the pool: also one that only relays had used before. Idempotent."""
-        if self._dialler is None:
-            self._dialler = dialler
-            for backend in pool.backends:
-                self(backend)
+        self._dialler = dialler
 
     def __call__(self, backend: Backend) -> None:
-        if self._dialler is not None:
+        if backend.settings.protocol == "h1":
             backend.connections = H1Connections(backend, self._reactor, self._dialler)
 
 
