@@ -1,4 +1,4 @@
-"""Hypothesis profiles: the suite's own, and ``fuzz`` for ``make fuzz``, which looks a hundred times longer."""
+"""Hypothesis profiles: the suite's own, and ``fuzz`` for ``make fuzz``, a hundred times as long."""
 
 import os
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from expressgateway.net.dial import Dialler, tune, tune_keepalive
+from expressgateway.net.dial import Dialler, tune
 from expressgateway.net.stream import Stream
 from expressgateway.net.tls import ServerTls
 from expressgateway.net.tls_stream import TlsStream
@@ -180,10 +180,9 @@ def test_sockets_do_not_wait_and_notice_a_dead_peer() -> None:
         assert stream.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert stream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         stream.close()
-        tune_keepalive(there.sock)
+        tune(there.sock)
         with socket.create_connection(there.address, timeout=5):
             peer = await there.accept()
-            tune(peer.sock)
             assert peer.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60  # inherited
             peer.close()
         there.close()

@@ -333,6 +333,29 @@ class TestClosing:
 
         run(test)
 
+    def test_past_its_bound_it_reads_no_more_and_still_sends(self) -> None:
+        async def test(world: World) -> None:
+            stream, owner, peer = stream_and_peer(world, is_narrow=True)
+            stream.write([BULK])
+            stream.close(linger=True)
+            quiet = 0
+            while quiet < 3:
+                try:
+                    peer.sock.send(BULK[:65536])
+                    quiet = 0
+                except BlockingIOError:
+                    quiet += 1
+                    await world.turns(1)
+            assert LINGER_BYTES < stream.bytes_in <= LINGER_BYTES + 65536
+            assert not owner.has_ended()
+            before = stream.backlog_bytes
+            await peer.read_exactly(300_000)
+            await world.until(lambda: stream.backlog_bytes < before)
+            stream.reset()
+            peer.close()
+
+        run(test)
+
     def test_a_close_whose_rest_nobody_takes_ends_in_time(self) -> None:
         async def test(world: World) -> None:
             stream, owner, peer = stream_and_peer(world, is_narrow=True)

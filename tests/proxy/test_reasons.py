@@ -192,13 +192,12 @@ class TestWhatAClientDid:
 
 
 class TestWhatTheGatewaySays:
-    def test_draining_and_over_capacity(self) -> None:
-        for reason in (Reason.DRAINING, Reason.OVER_CAPACITY):
-            world = World("memory")
-            client = world.client()
-            client.exchange = world.new_exchange(client, world.peer)  # type: ignore[arg-type]  # a stream, too
-            client.exchange.refuse_for(reason)
-            refused(world, client, reason)
+    def test_over_capacity(self) -> None:
+        world = World("memory")
+        world.sides[0].fault = Fault.OVER_CAPACITY
+        client = world.client()
+        client.request()
+        refused(world, client, Reason.OVER_CAPACITY)
 
     def test_no_backend_at_all(self) -> None:
         for fault, reason in ((Fault.NO_BACKEND, Reason.NO_BACKEND), (Fault.DNS, Reason.DNS)):

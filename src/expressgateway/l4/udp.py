@@ -101,8 +101,8 @@ class UdpListener:
         if not self._flows:
             self._close()
 
-    def drain(self) -> None:
-        """No new flows. A datagram does not tell whether another one follows: flows go on."""
+    def drain(self, jitter_s: float = 0.0) -> None:
+        """No new flows, whatever the jitter. No datagram tells whether another follows: flows go on."""
         self._is_draining = True
 
     def go_away(self) -> int:

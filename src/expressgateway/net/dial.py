@@ -19,13 +19,9 @@ _KEEPALIVE_PROBES: Final = 4
 
 
 def tune(sock: socket.socket) -> None:
-    """What every TCP socket of the data path gets."""
+    """What every TCP socket of the data path gets: no delay, and dead peers found within two minutes."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-
-def tune_keepalive(sock: socket.socket) -> None:
-    """Set on listening sockets once: accepted sockets inherit it."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)

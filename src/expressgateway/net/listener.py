@@ -105,6 +105,7 @@ class Listener:
     def start(self) -> None:
         """Begin to accept."""
         self._is_accepting = True
+        tune(self._sock)  # accepted sockets inherit it
         self.reactor.add(self._sock.fileno(), IN, self._on_ready)
 
     def stop(self) -> None:
@@ -126,10 +127,21 @@ class Listener:
                 pass
         self._sock.close()
 
-    def drain(self) -> None:
-        """Ask every connection to end soon."""
+    def drain(self, jitter_s: float = 0.0) -> None:
+        """Ask every connection to end soon, each at a moment of its own within ``jitter_s``.
+
+        So that not every client of every instance comes back at once.
+        """
         self._is_draining = True
+        loop = asyncio.get_running_loop()
         for connection in list(self._connections):
+            if jitter_s:
+                loop.call_later(random.uniform(0, jitter_s), self._drain_one, connection)
+            else:
+                connection.drain()
+
+    def _drain_one(self, connection: Connection) -> None:
+        if connection in self._connections:
             connection.drain()
 
     def go_away(self) -> int:
@@ -199,15 +211,9 @@ class Listener:
         ip = plain_ip(address[0])
         reason = "draining" if self._is_draining else self._census.enter(ip)
         if reason is not None:
-            self.counters.rejects.add(reason)
-            if reason != "draining":
-                self.counters.security.add("connection_flood")
-                limited.warning("connection_flood", ip, f"a connection was refused: {reason}")
-            self.turn_away(sock)
-            sock.close()
+            self._refuse(sock, ip, reason)
             return
         try:
-            tune(sock)
             local = sock.getsockname()
         except OSError:  # it is gone already
             self._census.leave(ip)
@@ -228,15 +234,21 @@ class Listener:
         except Exception:  # noqa: BLE001 - the safety net, as in the reactor: this connection only
             self.reactor.fault(connection.begin)
 
+    def _refuse(self, sock: socket.socket, ip: str, reason: str) -> None:
+        self.counters.rejects.add(reason)
+        if reason != "draining":
+            self.counters.security.add("connection_flood")
+            limited.warning("connection_flood", ip, f"a connection was refused: {reason}")
+        self.turn_away(sock)
+        sock.close()
+
     def introduce(self, introduction: "_Introduction", sock: socket.socket, caller: Caller) -> None:
         """A PROXY header told who the client is: count it under that address from here on."""
         self._census.leave(self._connections.pop(introduction))
         reason = self._census.enter(caller.ip)
         if reason is not None:
             self.counters.inflight -= 1
-            self.counters.rejects.add(reason)
-            self.turn_away(sock)
-            sock.close()
+            self._refuse(sock, caller.ip, reason)
             return
         self._take(self.admit(sock, caller), caller.ip)
 

@@ -44,7 +44,6 @@ class Reason(Enum):
     SLOW_READER = "slow_reader"
     # The gateway
     OVER_CAPACITY = "over_capacity"
-    DRAINING = "draining"
     # The backend's side
     NO_BACKEND = "no_backend"
     BACKENDS_DOWN = "backends_down"
@@ -118,13 +117,18 @@ def status_of(reason: Reason) -> int:
             | Reason.BACKEND_HEAD_TOO_LARGE
         ):
             return 502
-        case Reason.OVER_CAPACITY | Reason.DRAINING | Reason.BACKENDS_DOWN:
+        case Reason.OVER_CAPACITY | Reason.BACKENDS_DOWN:
             return 503
         case Reason.CONNECT_TIMEOUT | Reason.HEAD_TIMEOUT | Reason.TOTAL_TIMEOUT | Reason.BODY_TIMEOUT:
             return 504
         case Reason.VERSION:
             return 505
     assert_never(reason)
+
+
+def blames_client(reason: Reason) -> bool:
+    """Whether it was the client's doing, and says nothing of the gateway or its backends."""
+    return status_of(reason) < 500 or reason is Reason.VERSION
 
 
 def proxy_status_of(reason: Reason) -> str:
@@ -152,7 +156,7 @@ def proxy_status_of(reason: Reason) -> str:
             return "destination_not_found"
         case Reason.BACKENDS_DOWN:
             return "destination_unavailable"
-        case Reason.OVER_CAPACITY | Reason.DRAINING:
+        case Reason.OVER_CAPACITY:
             return "connection_limit_reached"
         case Reason.DNS:
             return "dns_error"

@@ -6,8 +6,8 @@ it. Two things are kept, both bounded: what arrives before there is a backend (o
 paused), and up to ``REPLAY_BYTES`` of a body sent on a reused connection, in case that connection proves to
 be stale.
 
-Each exchange ends exactly once, in ``_finish``: complete, answered by the gateway, or cut short. A request
-cut short never completes towards the backend, a response cut short never looks complete to the client.
+Each exchange ends exactly once, in ``_finish``: complete, answered by the gateway, or cut short - which never
+looks complete to the other side.
 """
 
 from typing import Final
@@ -16,12 +16,13 @@ from expressgateway.proxy.answers import own_answer
 from expressgateway.proxy.errors import (
     SECURITY_KINDS,
     Reason,
+    blames_client,
     reason_of_backend,
     reason_of_client,
     reason_of_fault,
     status_of,
 )
-from expressgateway.proxy.forwarding import Peer
+from expressgateway.proxy.forwarding import OURS, Peer
 from expressgateway.proxy.service import HttpService
 from expressgateway.proxy.websocket import BACKEND, CLIENT, Tunnel, Verdict
 from expressgateway.upstream.backend import Addresses, Backend
@@ -29,6 +30,7 @@ from expressgateway.upstream.errors import Fault, UpstreamError
 from expressgateway.wire.errors import PeerClosedError, WireError
 from expressgateway.wire.head import Fields, RequestHead, ResponseHead
 from expressgateway.wire.sinks import ClientStream, ServerStream
+from expressgateway.wire.ws import GOING_AWAY
 
 REPLAY_BYTES: Final = 65536  # of a request body kept for a retry; a longer one cannot be sent again
 _NEVER_SENT: Final = 499  # counted and logged when the client is to blame and gets no answer
@@ -41,8 +43,10 @@ class Exchange:
     __slots__ = (
         "_back_is_paused",
         "_backend",
+        "_blames_client",
         "_body_bytes",
         "_front_is_paused",
+        "_has_answered",
         "_has_backend_begun",
         "_head",
         "_held",
@@ -99,6 +103,8 @@ class Exchange:
         self._back_is_paused = False
         self._is_back_blocked = False  # it does not take what it was given
         self._has_backend_begun = False  # an interim head, or the final one, has come
+        self._has_answered = False  # the final one
+        self._blames_client = False  # it ends by the client's fault, which says nothing of the backend
         self._body_bytes = 0
         self._response_bytes = 0
         self._is_told_to_continue = False
@@ -155,6 +161,8 @@ class Exchange:
             return
         self._request_end = True
         self._uploaded_at = self._progress_at = self.service.clock.now
+        # RFC 9110 6.5.1: what the gateway itself says of a request is not the client's to add at its end.
+        fields = tuple(field for field in fields if field[0] not in OURS)
         self._held_trailers = fields
         if self.back is not None:
             self.back.send_trailers(fields)
@@ -205,7 +213,7 @@ class Exchange:
     # -- towards a backend: Waiter ---------------------------------------------------------------------
 
     def _lease(self, failure: Reason | None = None, detail: str = "") -> None:
-        """Choose a backend and ask for a connection. ``failure``: why the one before could not be used."""
+        """Ask a backend for a connection. ``failure``: why the one before could not be used."""
         pool = self.service.pool
         backend = pool.pick(None, self._tried)
         if backend is None:
@@ -308,7 +316,7 @@ class Exchange:
             return
         service = self.service
         self._response_begun = True
-        self._has_backend_begun = True
+        self._has_backend_begun = self._has_answered = True
         self._held = None
         if not self._is_http():
             self._request_end = True  # the upgrade was declined, and a handshake has no body
@@ -404,7 +412,8 @@ class Exchange:
 
     def _close_tunnel(self, tunnel: Tunnel, verdict: Verdict, violator: int | None) -> None:
         """End the session with a Close frame to each side, wherever a frame may stand."""
-        self.service.security_event(verdict.kind, self.peer, f"websocket closed: {verdict.reason}")
+        if verdict.code != GOING_AWAY:
+            self.service.security_event(verdict.kind, self.peer, f"websocket closed: {verdict.reason}")
         self.service.counters.websocket_closed.add(str(verdict.code))
         back = self.back
         self._finish()
@@ -441,12 +450,12 @@ class Exchange:
     def _end_with(self, reason: Reason, detail: str = "") -> None:
         """The exchange cannot go on: answer if that is still possible, else cut the response short."""
         if self._response_begun:
-            self._note(reason)
+            self._note(reason, detail)
             self._let_go()
             self._finish()
             self.front.abort(None)
         elif status_of(reason) == _NEVER_SENT:
-            self._note(reason)
+            self._note(reason, detail)
             self._let_go()
             self._status = _NEVER_SENT
             self._finish()
@@ -464,11 +473,16 @@ class Exchange:
         if back is not None:
             back.abort(None)
 
-    def _note(self, reason: Reason) -> None:
+    def _note(self, reason: Reason, detail: str = "") -> None:
+        """Count a reason, and say it once: of a client, or of the backend that is to blame."""
         self.service.counters.errors.add(reason.value)
+        self._blames_client = blames_client(reason)
         kind = SECURITY_KINDS.get(reason)
         if kind is not None:
             self.service.security_event(kind, self.peer, f"request refused: {reason.value}")
+        elif not self._blames_client:
+            backend = self._backend.id if self._backend is not None else self.service.pool.name
+            self.service.log_security(reason.value, backend, f"an exchange failed: {detail or reason.value}")
 
     def refuse(self, error: WireError) -> None:
         """Answer a request that could not be read."""
@@ -479,15 +493,10 @@ class Exchange:
         self.request_id = self.service.forwarding.ids.request_id(self.service.forwarding.ids.make())
         self._answer(reason, error.detail)
 
-    def refuse_for(self, reason: Reason) -> None:
-        """Answer without asking any backend."""
-        self.request_id = self.service.forwarding.ids.request_id(self.service.forwarding.ids.make())
-        self._answer(reason)
-
     def _answer(self, reason: Reason, detail: str = "") -> None:
         """Answer by ourselves: status, ``Proxy-Status``, a short text with the request's id."""
         service = self.service
-        self._note(reason)
+        self._note(reason, detail)
         self._let_go()
         head, text = own_answer(service, reason, detail, self.request_id)
         self._response_begun = True
@@ -509,9 +518,9 @@ class Exchange:
         if backend is not None:
             backend.in_flight -= 1
             self._backend = None
-            if self.back is not None:
+            if self.back is not None or (self._has_answered and self._blames_client):
                 backend.responses[status // 100] += 1
-            elif not 400 <= status < 500:  # else it is the client's fault, and says nothing of the backend
+            elif not self._blames_client:
                 backend.responses[0] += 1
         if self._tunnel is not None:
             counters.websockets_open -= 1
@@ -530,8 +539,11 @@ class Exchange:
         if self.is_done:
             return
         timeouts = self.service.timeouts
-        if self._tunnel is not None:
-            self._sweep_tunnel(now)
+        tunnel = self._tunnel
+        if tunnel is not None:
+            verdict = tunnel.sweep(now, self._front_is_paused, self._back_is_paused)
+            if verdict is not None:
+                self._close_tunnel(tunnel, verdict, None)
             return
         if not self._response_begun:
             if timeouts.total and now - self._started > timeouts.total:
@@ -562,13 +574,8 @@ class Exchange:
 
     def _awaits_continue(self) -> bool:
         """The client asked before sending its body (RFC 9110 10.1.1) and has not been told."""
-        head = self._head
-        return (
-            head is not None
-            and head.expects_continue
-            and not self._is_told_to_continue
-            and not self._body_bytes
-        )
+        asked = self._head is not None and self._head.expects_continue
+        return asked and not self._is_told_to_continue and not self._body_bytes
 
     def _sweep_rate(self, now: float) -> None:
         """A trickle that never stops is as bad as a stall: measure the upload over whole windows."""
@@ -586,14 +593,5 @@ class Exchange:
             self._rate_from = now
             self._rate_bytes = self._body_bytes
 
-    def _sweep_tunnel(self, now: float) -> None:
-        tunnel = self._tunnel
-        if tunnel is None:
-            return
-        verdict = tunnel.sweep(now, self._front_is_paused, self._back_is_paused)
-        if verdict is not None:
-            self._close_tunnel(tunnel, verdict, None)
-
     def __repr__(self) -> str:
-        state = "done" if self.is_done else "response" if self._response_begun else "request"
-        return f"<Exchange {self.request_id.decode('ascii')} {state} status={self._status}>"
+        return f"<Exchange {self.request_id.decode('ascii')} status={self._status} done={self.is_done}>"

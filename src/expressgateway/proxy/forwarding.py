@@ -24,9 +24,10 @@ from expressgateway.wire.head import (
 )
 
 _TRACEPARENT: Final = re.compile(rb"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+_TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,200}")
 
-_OURS: Final = frozenset(
+OURS: Final = frozenset(
     {
         b"x-forwarded-for",
         b"x-forwarded-proto",
@@ -144,6 +145,7 @@ class Forwarding:
         "_via",
         "_x_forwarded",
         "ids",
+        "name",
     )
 
     def __init__(
@@ -153,7 +155,9 @@ class Forwarding:
         self._x_forwarded = forwarded in ("x-forwarded", "both")
         self._forwarded = forwarded in ("forwarded", "both")
         self._adds_any = forwarded != "none"
-        self._via = b" " + server_header.encode("ascii") if via else b""
+        # A Server value may be anything; a pseudonym is one token (RFC 9110 7.6.3, RFC 9209 2).
+        self.name = server_header.encode("ascii") if _TOKEN.fullmatch(server_header) else b"expressgateway"
+        self._via = b" " + self.name if via else b""
         self._server: Field = (b"server", server_header.encode("ascii"))
         self._alt_svc: Field | None = (b"alt-svc", alt_svc.encode("ascii")) if alt_svc else None
         self._kept: dict[int, tuple[Fields, bytes, int, SharedFields]] = {}
@@ -192,13 +196,13 @@ class Forwarding:
         peer.kept_request_id = b""
         peer.kept_trace = None
         headers: Fields = head.headers
-        if _OURS.isdisjoint(dict(headers)):
+        if OURS.isdisjoint(dict(headers)):
             # fast path: nothing of ours to look at
             base = list(headers)
             headers = NO_FIELDS
         for field in headers:
             name = field[0]
-            if name not in _OURS:
+            if name not in OURS:
                 base.append(field)
             elif name == b"via":
                 via.append(field[1])
@@ -306,10 +310,6 @@ class Forwarding:
         if self._alt_svc is not None:
             fields.append(self._alt_svc)
         return fields
-
-    @property
-    def name(self) -> bytes:
-        return self._server[1]
 
     def date(self, wall_s: int) -> Field:
         if wall_s != self._date_at:

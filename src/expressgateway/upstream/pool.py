@@ -32,6 +32,7 @@ class Pool:
         "retries",
         "selection",
         "unavailable",
+        "unsolicited_before",
     )
 
     def __init__(self, name: str, policy: str, attach: Attach) -> None:
@@ -48,6 +49,8 @@ class Pool:
         self.picks = 0
         self.unavailable = 0
         self.retries = Tally()
+        self.unsolicited_before = 0
+        """``Backend.unsolicited`` of those that have left: the pool's count never goes back."""
 
     def replace(self, wanted: Sequence[tuple[BackendSettings, SocketAddress, str]], policy: str) -> None:
         """Make this the pool's set: settings, address and id of each. Ids are unique."""
@@ -64,6 +67,7 @@ class Pool:
                 self._attach(backend)
             backends.append(backend)
         for backend in known.values():
+            self.unsolicited_before += backend.unsolicited
             if backend.connections is not None:
                 backend.connections.close_idle()
                 self._leaving.append(backend)

@@ -6,7 +6,6 @@ sets, listeners their new services. Exchanges and connections under way keep wha
 
 import asyncio
 import logging
-import random
 import socket
 import time
 from collections.abc import Iterator
@@ -238,10 +237,7 @@ class Runtime:
         self, listener: AnyListener, each: ListenerPlan, aborted: dict[str, int]
     ) -> None:
         ends = self._loop.time() + each.config.drain_timeout_ms / 1000
-        if listener.open:
-            # Spread over the jitter, so that not every client of every instance comes back at once.
-            await asyncio.sleep(random.uniform(0, each.config.drain_jitter_ms / 1000))
-        listener.drain()
+        listener.drain(each.config.drain_jitter_ms / 1000)
         while listener.open and self._loop.time() < ends:  # noqa: ASYNC110 - nobody signals the last one
             await asyncio.sleep(min(self._tick_s, 0.05))
         left = listener.go_away()
@@ -268,7 +264,7 @@ class Runtime:
             yield "pool_unavailable", (pool.name,), pool.unavailable
             for reason, number in pool.retries.items():
                 yield "backend_retries", (pool.name, reason), number
-            unsolicited = 0
+            unsolicited = pool.unsolicited_before
             for backend in pool.backends:
                 unsolicited += backend.unsolicited
                 yield from _collect_backend(pool.name, backend)

@@ -11,6 +11,7 @@ values (6.3 lets a recipient reject it), Transfer-Encoding nothing but ``chunked
 
 import re
 from enum import IntEnum
+from ipaddress import IPv6Address
 from typing import Final
 
 from expressgateway.wire.errors import (
@@ -334,6 +335,11 @@ def check_authority(value: bytes) -> bytes:
     match = _AUTHORITY.fullmatch(value)
     if match is None:
         raise AuthorityError("a malformed Host or authority")
+    if value[:1] == b"[":
+        try:
+            IPv6Address(value[1 : value.index(b"]")].decode("ascii"))
+        except ValueError:
+            raise AuthorityError("brackets around what is no IPv6 address") from None
     port = match[1] or match[2]
     if port and int(port) > 65535:
         raise AuthorityError("a port above 65535")
