@@ -1,11 +1,12 @@
 """Certificates and keys for the tests of the configuration, made on the fly."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -21,13 +22,14 @@ def new_key() -> ec.EllipticCurvePrivateKey:
 
 
 def certificate(
-    key: ec.EllipticCurvePrivateKey,
+    key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey,
     *,
+    names: Sequence[x509.GeneralName] = (),
     begins: datetime = _NOW - timedelta(days=1),
     ends: datetime = _NOW + timedelta(days=30),
 ) -> bytes:
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test.example")])
-    built = (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -35,12 +37,13 @@ def certificate(
         .serial_number(x509.random_serial_number())
         .not_valid_before(begins)
         .not_valid_after(ends)
-        .sign(key, hashes.SHA256())
     )
-    return built.public_bytes(Encoding.PEM)
+    if names:
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
-def key_pem(key: ec.EllipticCurvePrivateKey, passphrase: bytes | None = None) -> bytes:
+def key_pem(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey, passphrase: bytes | None = None) -> bytes:
     encryption = NoEncryption() if passphrase is None else BestAvailableEncryption(passphrase)
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
 
@@ -59,8 +62,9 @@ def write_certs(directory: Path) -> Path:
     good = certificate(server)
     write(certs / "server.pem", good)
     write(certs / "server.key", key_pem(server))
-    write(certs / "other.pem", certificate(other))
+    write(certs / "other.pem", certificate(other, names=[x509.DNSName("other.example")]))
     write(certs / "other.key", key_pem(other))
+    write(certs / "twin.pem", certificate(other))
     write(certs / "ca.pem", certificate(other))
     write(certs / "open.key", key_pem(server), 0o644)
     write(certs / "encrypted.key", key_pem(server, b"secret"))

@@ -39,6 +39,13 @@ class TestCheck:
         assert f'{path}:2:1: error: listeners[0].adress: unknown key "adress"' in result.stderr
         assert result.stderr.endswith("\n2 errors\n")
 
+    @pytest.mark.parametrize("name", ["file-same-names", "runtime-tls-ciphers-one-unknown"])
+    def test_what_no_worker_could_start_with(self, name: str, runner: CliRunner, tmp_path: Path) -> None:
+        write_certs(tmp_path)
+        path = tmp_path / "a.toml"
+        path.write_text((ROOT / f"tests/config/golden/{name}.toml").read_text())
+        assert runner.invoke(check, [str(path)]).exit_code == 78
+
     def test_json(self, runner: CliRunner, tmp_path: Path) -> None:
         path = tmp_path / "a.toml"
         path.write_text(BAD)

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import logging
 import select
 import socket
 from collections.abc import Awaitable, Callable
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expressgateway.control.admin import endpoints
 from expressgateway.control.admin.endpoints import Endpoints
 from expressgateway.control.admin.http import (
     MAX_CONNECTIONS,
@@ -20,6 +22,8 @@ from expressgateway.control.admin.http import (
     BadRequestError,
     parse_head,
 )
+from expressgateway.observe.counters import Tally
+from expressgateway.observe.logs import Limited
 
 
 class Shown:
@@ -30,6 +34,7 @@ class Shown:
         self.is_started = True
         self.reason: str | None = None
         self.breaks = False
+        self.rejects = Tally()
 
     def unready(self) -> str | None:
         return self.reason
@@ -51,7 +56,8 @@ def served(
 ) -> None:
     async def main() -> None:
         sock = socket.create_server(("127.0.0.1", 0))
-        server = AdminServer(sock, Endpoints(shown or Shown()).answer, timeout_s)
+        seen = shown or Shown()
+        server = AdminServer(sock, Endpoints(seen, seen.rejects).answer, seen.rejects, timeout_s)
         await server.start()
         try:
             async with asyncio.timeout(20):
@@ -150,6 +156,24 @@ class TestToken:
 
         served(test, Shown("secret"))
 
+    def test_wrong_ones_are_counted_each_and_logged_once(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(endpoints, "limited", Limited(logging.getLogger("expressgateway.test")))
+        shown = Shown("secret")
+
+        async def test(port: int) -> None:
+            for path in ("/metrics", "/api/v1/status", "/api/nothing"):
+                assert await status_of(port, get(path, "Authorization: Bearer hush-hush")) == 401
+            assert await status_of(port, get("/metrics", "Authorization: Bearer secret")) == 200
+            assert await status_of(port, get("/livez")) == 200
+
+        served(test, shown)
+        assert shown.rejects == {"unauthorized": 3}
+        (line,) = caplog.records
+        assert line.__dict__["fields"] == {"kind": "admin_unauthorized", "source": "127.0.0.1"}
+        assert "hush" not in caplog.text
+
     def test_two_are_none(self) -> None:
         async def test(port: int) -> None:
             wire = get("/metrics", "Authorization: Bearer wrong", "Authorization: Bearer secret")
@@ -180,11 +204,27 @@ class TestAbuse:
         ],
     )
     def test_answered_and_closed(self, wire: bytes, status: int) -> None:
+        shown = Shown()
+
         async def test(port: int) -> None:
             assert await status_of(port, wire[: 4 * MAX_HEAD_BYTES]) == status
             assert await status_of(port, get("/livez")) == 200
 
-        served(test)
+        served(test, shown)
+        assert shown.rejects == {"bad_request": 1}
+
+    def test_probe_of_the_port_is_no_abuse(self) -> None:
+        shown = Shown()
+
+        async def test(port: int) -> None:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write_eof()
+            assert await reader.read() == b""
+            writer.close()
+            assert await status_of(port, get("/nothing")) == 404
+
+        served(test, shown)
+        assert shown.rejects == {}
 
     def test_allowed_methods_are_named(self) -> None:
         async def test(port: int) -> None:
@@ -194,10 +234,40 @@ class TestAbuse:
         served(test)
 
     def test_slow_head(self) -> None:
+        shown = Shown()
+
         async def test(port: int) -> None:
             assert await status_of(port, b"GET /livez HT") == 408
 
-        served(test, timeout_s=0.2)
+        served(test, shown, timeout_s=0.2)
+        assert shown.rejects == {"timeout": 1}
+
+    def test_head_cut_short(self) -> None:
+        shown = Shown()
+
+        async def test(port: int) -> None:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /livez HT")
+            writer.write_eof()
+            assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+            writer.close()
+
+        served(test, shown)
+        assert shown.rejects == {"bad_request": 1}
+
+    def test_answer_of_ours_that_takes_too_long_is_nobodys_abuse(self) -> None:
+        class Slow(Shown):
+            async def metrics(self, accept: str) -> tuple[bytes, str]:
+                await asyncio.Event().wait()
+                raise AssertionError
+
+        shown = Slow()
+
+        async def test(port: int) -> None:
+            assert await ask_or_reset(port, get("/metrics")) == b""
+
+        served(test, shown, timeout_s=0.2)
+        assert shown.rejects == {}
 
     def test_reader_that_does_not_read(self) -> None:
         class Big(Shown):
@@ -213,9 +283,13 @@ class TestAbuse:
             assert events
             assert events[0][1] & select.POLLERR, "not cut off"
 
-        served(test, Big(), timeout_s=0.2)
+        shown = Big()
+        served(test, shown, timeout_s=0.2)
+        assert shown.rejects == {"timeout": 1}
 
     def test_sixty_fifth_connection_is_closed_and_the_others_go_on(self) -> None:
+        shown = Shown()
+
         async def test(port: int) -> None:
             held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(MAX_CONNECTIONS)]
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -230,7 +304,8 @@ class TestAbuse:
                 writer.close()
             assert await status_of(port, get("/livez")) == 200
 
-        served(test)
+        served(test, shown)
+        assert shown.rejects == {"too_many": 1}
 
     def test_defect_closes_one_connection_only(self, caplog: pytest.LogCaptureFixture) -> None:
         shown = Shown()

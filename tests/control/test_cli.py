@@ -114,6 +114,10 @@ class TestStatus:
             assert gateway.get("/metrics")[0] == 401
             assert gateway.get("/metrics", Authorization="Bearer secret")[0] == 200
             assert gateway.get("/readyz")[0] == 200
+            text = gateway.get("/metrics", Authorization="Bearer secret")[1]
+            assert 'admin_rejects_total{reason="unauthorized"} 2.0' in text
+            assert 'admin_rejects_total{reason="timeout"} 0.0' in text
+            assert gateway.wait_log("no valid token")["source"] == "127.0.0.1"
 
     def test_nobody_there(self, tmp_path: Path) -> None:
         path = tmp_path / "x.toml"

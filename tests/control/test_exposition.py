@@ -11,6 +11,7 @@ MERGED: Merged = {
     "connections_inflight": {("web",): 2},
     "http_request_duration_seconds": {("web", "1.1"): [1, 0, 2, *[0] * 11, 4, 12.5]},
     "worker_cpu_seconds": {("0",): 1.5},
+    "admin_rejects": {("too_many",): 2},
     "shutdown_drain_seconds": {("settle",): 3.0},
 }
 
@@ -35,6 +36,7 @@ def test_both_formats_say_the_same() -> None:
     assert found["connections_total", (("listener", 'quo"te\\'),)] == 1
     assert found["connections_inflight", (("listener", "web"),)] == 2
     assert found["worker_cpu_seconds_total", (("worker", "0"),)] == 1.5
+    assert found["admin_rejects_total", (("reason", "too_many"),)] == 2
     assert found["shutdown_drain_seconds", (("phase", "settle"),)] == 3
 
 

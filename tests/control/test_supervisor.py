@@ -280,7 +280,7 @@ class TestReload:
             assert line["result"] == "applied"
             assert "swapped: listener web (http.server_header); kept: " in str(line["message"])
             assert gateway.metric("config_version") == 2
-            assert gateway.metric('config_reloads_total{result="applied"}') == 1
+            assert gateway.metric('config_reload_total{result="applied"}') == 1
             assert gateway.metric("config_last_reload_successful") == 1
             assert gateway.status()["workers"] == before  # nobody was restarted for it
             with gateway.connect() as client:

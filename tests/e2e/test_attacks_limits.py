@@ -324,6 +324,10 @@ def test_running_out_of_descriptors_pauses_the_listener_and_no_more(tmp_path: Pa
         clients = [Client(port) for _ in range(60)]
         gateway.wait_metric("accept_errors_total", listener="web", kind="EMFILE")
         _close(clients[:50])
+        # Their descriptors are free again, so that the others find one towards a backend as well.
+        eventually(
+            lambda: gateway.metric("connections_inflight", listener="web") <= 11, "the rest is accepted"
+        )
         for client in clients[50:]:
             assert _is_served(client)
         _close(clients)

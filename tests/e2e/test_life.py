@@ -267,7 +267,7 @@ class TestReload:
                     assert gateway.reload(config(port, one.address, http=f'server_header = "edge{number}"'))
             assert not load.broken
             assert set(load.answers) == {200}
-            assert gateway.metric("config_reloads_total", result="applied") == 19
+            assert gateway.metric("config_reload_total", result="applied") == 19
             assert gateway.metric("worker_restarts_total") == 0
             with Client(port) as client:
                 client.send(REQUEST)
@@ -296,7 +296,7 @@ class TestReload:
                 client.send(REQUEST)
                 assert client.response()[2] == b"backend"
             assert status(gateway)["config"]["version"] == 1
-            assert gateway.metric("config_reloads_total", result="invalid") == 1
+            assert gateway.metric("config_reload_total", result="invalid") == 1
             assert gateway.path.read_text().endswith(text), "the operator's file is never written"
             assert gateway.reload(config(port, backend.address, http='server_header = "new"'))
 
@@ -307,7 +307,7 @@ class TestReload:
             assert "listeners[0].address: needs a restart in this version" in gateway.log()
             assert accepts(port)
             assert not accepts(other)
-            assert gateway.metric("config_reloads_total", result="refused") == 1
+            assert gateway.metric("config_reload_total", result="refused") == 1
 
     def test_a_renewed_certificate_is_served(self, tmp_path: Path) -> None:
         port = free_port()

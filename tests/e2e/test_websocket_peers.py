@@ -197,7 +197,7 @@ def test_the_client_closes(site: Site, front: str) -> None:
         client.recv(5)
         client.close(4002, "bye")
         assert (client.close_code, client.close_reason) == (4002, "bye")
-    eventually(lambda: site.closed[before:] == [(4002, "bye")], "the server got the code")
+    eventually(lambda: (4002, "bye") in site.closed[before:], "the server got the code")
 
 
 @both
@@ -217,7 +217,8 @@ def test_an_orderly_end_is_one_for_both(site: Site, front: str) -> None:
         client.close()
         with pytest.raises(ConnectionClosedOK):
             client.recv(5)
-    eventually(lambda: [code for code, _ in site.closed[before:]] == [1000], "the server saw 1000")
+    # An earlier session may be told of only now: hence "among"
+    eventually(lambda: 1000 in [code for code, _ in site.closed[before:]], "the server saw 1000")
 
 
 @both
@@ -236,7 +237,7 @@ def test_a_client_that_vanishes_is_seen(site: Site, front: str) -> None:
         client.send("x")
         client.recv(5)
         client.socket.shutdown(2)
-        eventually(lambda: [code for code, _ in site.closed[before:]] == [1006], "the server saw it")
+        eventually(lambda: 1006 in [code for code, _ in site.closed[before:]], "the server saw it")
 
 
 @both

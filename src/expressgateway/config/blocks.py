@@ -1,12 +1,12 @@
 """The blocks that concern the whole process: runtime, observability, admin, security, passthrough."""
 
 import os
-import ssl
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from expressgateway.config.ciphers import parse_ciphers
 from expressgateway.config.listeners import DRAIN_JITTER, DRAIN_TIMEOUT, jitter_faults
 from expressgateway.config.pools import Backend, set_faults
 from expressgateway.config.values import (
@@ -22,11 +22,11 @@ from expressgateway.config.values import (
     Name,
     Network,
     Range,
-    expect_string,
     shown,
 )
 
 MAX_WORKERS = 256
+MAX_HEADER_DEADLINE_MS = 60_000
 
 
 def _parse_workers(value: object) -> int | str:
@@ -37,18 +37,6 @@ def _parse_workers(value: object) -> int | str:
     raise BadValueError(f'expected "auto" or a whole number from 1 to {MAX_WORKERS}, found {shown(value)}')
 
 
-def _parse_ciphers(value: object) -> str:
-    text = expect_string(value, "a list of ciphers")
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).set_ciphers(text)
-    except (ssl.SSLError, ValueError):
-        raise BadValueError(
-            f"expected ciphers that OpenSSL knows, joined by colons, found {shown(text)}",
-            "`openssl ciphers` lists them",
-        ) from None
-    return text
-
-
 class RuntimeTls(Block):
     """TLS settings of every listener."""
 
@@ -56,10 +44,11 @@ class RuntimeTls(Block):
         default=False, description='Accept TLS 1.3 only; the same as `min_version = "1.3"`.'
     )
     min_version: Literal["1.2", "1.3"] = Field(default="1.2", description="Oldest TLS version accepted.")
-    ciphers: Annotated[str, Custom("OpenSSL cipher list", _parse_ciphers)] | None = Field(
+    ciphers: Annotated[str, Custom("OpenSSL cipher list", parse_ciphers)] | None = Field(
         default=None,
-        description="Ciphers of TLS 1.2, in OpenSSL's notation.",
-        json_schema_extra={"default_text": "Python's"},
+        description="Ciphers of TLS 1.2, in OpenSSL's notation. By default ECDHE with AES-GCM (128 bits "
+        "first) or ChaCha20.",
+        json_schema_extra={"default_text": "ECDHE with AEAD"},
     )
 
     def resolve(self) -> None:
@@ -88,15 +77,18 @@ class RuntimeTls(Block):
 class Watchdog(Block):
     """The sweep that closes connections which do not get on."""
 
-    header_deadline_ms: Annotated[int, Range(100, 60_000, "milliseconds")] = Field(
+    header_deadline_ms: Annotated[int, Range(100, MAX_HEADER_DEADLINE_MS, "milliseconds")] = Field(
         default=5000,
-        description="From the first byte of a request head to its end, whatever the listener allows.",
+        description="From the first byte of a request head to its end, on every listener. A listener's "
+        "`header_timeout_ms` holds if it is smaller.",
     )
     body_progress_min_bps: Annotated[int, Range(0, 10_000_000, "bytes per second")] = Field(
-        default=64, description="Slowest upload tolerated over a sweep, in bytes per second; 0 = off."
+        default=64,
+        description="Slowest upload tolerated, in bytes per second; judged over five times "
+        "`sweep_interval_ms`. 0 = off.",
     )
     sweep_interval_ms: Annotated[int, Range(100, 60_000, "milliseconds")] = Field(
-        default=1000, description="Time between two sweeps."
+        default=1000, description="Interval of the sweep; timeouts are looked for four times in each."
     )
 
 
@@ -138,14 +130,15 @@ class Runtime(Block):
         default=5000, description="Time for a TLS handshake."
     )
     max_inflight_connections: Annotated[int, Range(100, 2_000_000)] = Field(
-        default=65_536, description="Connections of TCP and QUIC at once, in the whole process."
+        default=65_536, description="TCP connections and UDP flows at once, in all workers together."
     )
     connect_timeout_ms: Annotated[int, Range(100, 60_000, "milliseconds")] = Field(
         default=5000, description="Time to reach a backend."
     )
     per_ip_connection_cap: Annotated[int, Range(1, 2_000_000)] = Field(
         default=1024,
-        description="Connections of TCP and QUIC from one address; `trusted_proxies` are exempt.",
+        description="TCP connections and UDP flows at once from one IPv4 address or IPv6 /64 network; "
+        "`trusted_proxies` are exempt.",
     )
     header_underscore_policy: Literal["reject", "drop", "allow"] = Field(
         default="reject", description="What becomes of header names with an underscore."
@@ -226,7 +219,8 @@ class Observability(Block):
     )
     max_label_cardinality: Annotated[int, Range(1, 10_000_000)] = Field(
         default=10_000,
-        description="Largest number of series one metric may have; checked when the file is loaded.",
+        description="Largest number of series one metric may have; checked when the file is loaded. "
+        "A backend that is a DNS name counts once, however many addresses it has.",
     )
     access_log: AccessLog | None = Field(default=None, description="Access log; absent = none.")
     tracing: Tracing | None = Field(default=None, description="Traces; absent = continued but not exported.")

@@ -38,7 +38,9 @@ class Http(Block):
     """Times and sizes of HTTP exchanges, and the headers the gateway adds."""
 
     header_timeout_ms: Annotated[int, Range(1, unit="milliseconds")] = Field(
-        default=10_000, description="From the first byte of a request head to its end."
+        default=10_000,
+        description="From the first byte of a request head to its end. "
+        "`runtime.watchdog.header_deadline_ms` holds if it is smaller.",
     )
     body_timeout_ms: Annotated[int, Range(1, unit="milliseconds")] = Field(
         default=30_000, description="No progress in a body, in either direction."

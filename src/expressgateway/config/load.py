@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from expressgateway.config.blocks import MAX_HEADER_DEADLINE_MS
 from expressgateway.config.diagnose import (
     ConfigError,
     Diagnostic,
@@ -166,6 +167,19 @@ def _idle_problems(config: Config) -> Iterator[Problem]:
             "refer to it with pool, or remove it",
             severity="warning",
         )
+    deadline_ms = config.runtime.watchdog.header_deadline_ms
+    for index, listener in enumerate(config.listeners):
+        http = listener.http
+        if http.is_set("header_timeout_ms") and http.header_timeout_ms > deadline_ms:
+            yield Problem(
+                ("listeners", index, "http", "header_timeout_ms"),
+                f"{http.header_timeout_ms} ms have no effect: the {deadline_ms} ms of "
+                "runtime.watchdog.header_deadline_ms end first",
+                f"lower it, or set header_deadline_ms = {http.header_timeout_ms} in [runtime.watchdog]"
+                if http.header_timeout_ms <= MAX_HEADER_DEADLINE_MS
+                else "lower it",
+                severity="warning",
+            )
     if config.observability.metrics_bind is None and config.admin.api_token_hash is not None:
         yield Problem(
             ("admin", "api_token_hash"),

@@ -9,11 +9,13 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
@@ -48,6 +50,8 @@ class _Pair:
     key: Path
     chain_loc: Loc
     key_loc: Loc
+    listener: int | None = None
+    """The listener among whose certificates clients' SNI chooses."""
 
 
 def _pairs(config: Config) -> Iterator[_Pair]:
@@ -58,10 +62,11 @@ def _pairs(config: Config) -> Iterator[_Pair]:
         if listener.tls is None:
             continue
         at: Loc = ("listeners", index, "tls")
-        yield _Pair(listener.tls.cert_path, listener.tls.key_path, (*at, "cert_path"), (*at, "key_path"))
-        for number, pair in enumerate(listener.tls.certificates):
+        tls = listener.tls
+        yield _Pair(tls.cert_path, tls.key_path, (*at, "cert_path"), (*at, "key_path"), index)
+        for number, pair in enumerate(tls.certificates):
             inner: Loc = (*at, "certificates", number)
-            yield _Pair(pair.cert_path, pair.key_path, (*inner, "cert_path"), (*inner, "key_path"))
+            yield _Pair(pair.cert_path, pair.key_path, (*inner, "cert_path"), (*inner, "key_path"), index)
     for at, backend in _backends(config):
         if backend.tls_cert_path is not None and backend.tls_key_path is not None:
             yield _Pair(
@@ -114,6 +119,8 @@ class _Reader:
         self.files: dict[str, bytes] = {}
         self.problems: list[Problem] = []
         self._insecure_key_permissions = insecure_key_permissions
+        self._leaves: dict[tuple[int, frozenset[str], bool], Path] = {}
+        """Listeners' certificates by what two of them must not share: their names with the type of key."""
 
     def error(self, loc: Loc, message: str, hint: str = "") -> None:
         self.problems.append(Problem(loc, message, hint))
@@ -172,6 +179,25 @@ class _Reader:
                 f"OpenSSL refuses the certificate {quoted(pair.chain)} with its key: {reason}",
                 "today a key needs at least 2048 bits (RSA) or 256 bits (EC), and a SHA-256 signature",
             )
+            return
+        self._check_choice(pair, chain[0])
+
+    def _check_choice(self, pair: _Pair, leaf: x509.Certificate) -> None:
+        """Whether SNI can choose between this certificate and the listener's earlier ones."""
+        if pair.listener is None or (names := _names(leaf)) is None:
+            return
+        is_ecdsa = isinstance(leaf.public_key(), EllipticCurvePublicKey)
+        what = (pair.listener, names, is_ecdsa)
+        if (earlier := self._leaves.get(what)) is None:
+            self._leaves[what] = pair.chain
+            return
+        kind = "an ECDSA key" if is_ecdsa else "a key that is not ECDSA"
+        self.error(
+            pair.chain_loc,
+            f"the certificate {quoted(pair.chain)} is for the same names as {quoted(earlier)}, and both have "
+            f"{kind}",
+            "remove one of them: the same names can have one with an ECDSA key and one with an RSA key",
+        )
 
     def _chain(self, pair: _Pair) -> list[x509.Certificate] | None:
         data = self.read(pair.chain, pair.chain_loc)
@@ -251,6 +277,31 @@ def _certificates(data: bytes) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(data)
     except ValueError:
         return []
+
+
+def _names(leaf: x509.Certificate) -> frozenset[str] | None:
+    """The names a certificate is for: its alternative names, else its common names. None: unreadable."""
+    try:
+        found = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names = [
+            *found.get_values_for_type(x509.DNSName),
+            *(address.compressed for address in found.get_values_for_type(x509.IPAddress)),
+        ]
+    except x509.ExtensionNotFound:
+        names = []
+    except (ValueError, x509.DuplicateExtension):
+        return None
+    if not names:
+        common = leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+        names = [str(name.value) for name in common]
+    return frozenset(map(_plain_name, names))
+
+
+def _plain_name(name: str) -> str:
+    try:
+        return ip_address(name).compressed
+    except ValueError:
+        return name.lower().removesuffix(".")
 
 
 def _public(public_key: Callable[[], PublicKeyTypes]) -> bytes | None:

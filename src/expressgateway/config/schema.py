@@ -42,12 +42,18 @@ from expressgateway.config.routes import Route
 from expressgateway.config.tls import Certificate, ListenerTls, Quic, RawProxy
 from expressgateway.config.values import LIST, Address, Block, Fault, Loc, shown
 
+# How many values the labels of metrics can have that do not come from the configuration. This room knows no
+# metrics: a test holds these numbers against those who count.
 SECURITY_EVENT_KINDS: Final = 64
 """Upper bound of the `kind` label of `security_events_total`."""
-
-_STATUS_CLASSES: Final = 5
-_HTTP_VERSIONS: Final = 4
-_POOL_STATES: Final = 3
+GATEWAY_ERRORS: Final = 32
+"""Upper bound of the `reason` label of `http_gateway_errors_total` and `relay_errors_total`."""
+STATUS_CLASSES: Final = 6
+"""`1xx` to `5xx`, and `none`."""
+HTTP_VERSIONS: Final = 2
+HISTOGRAM_SERIES: Final = 17
+"""15 buckets, the sum and the count."""
+POOL_STATES: Final = 2
 
 
 class Config(Block):
@@ -281,16 +287,25 @@ class Config(Block):
                 return
 
     def series(self) -> dict[str, int]:
-        """How many series each metric with configured labels can have, the largest first."""
+        """How many series each metric with configured labels can have, the largest first.
+
+        Metrics that can never have more than another one here are left out. Backends count as they are
+        written: a DNS name is one, however many addresses it has.
+        """
         listeners = len(self.listeners)
+        http = sum(listener.is_http for listener in self.listeners)
         routes = sum(max(1, len(listener.routes)) for listener in self.listeners if listener.is_http)
         backends = sum(len(listener.backends) for listener in self.listeners)
         backends += sum(len(pool.backends) for pool in self.pools)
         counts = {
-            "http_requests_total": routes * _HTTP_VERSIONS * _STATUS_CLASSES,
+            "http_requests_total": routes * HTTP_VERSIONS * STATUS_CLASSES,
+            "http_request_duration_seconds": routes * HTTP_VERSIONS * HISTOGRAM_SERIES,
+            "http_gateway_errors_total": http * GATEWAY_ERRORS,
+            "relay_errors_total": (listeners - http) * GATEWAY_ERRORS,
             "security_events_total": listeners * SECURITY_EVENT_KINDS,
-            "backend_requests_total": backends * _STATUS_CLASSES,
-            "pool_connections": backends * _POOL_STATES,
+            "backend_requests_total": backends * STATUS_CLASSES,
+            "pool_connections": backends * POOL_STATES,
+            "worker_up": self.runtime.worker_count,
         }
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
 

@@ -28,7 +28,7 @@ address = "127.0.0.1:3000"
 # policy = "round_robin"        # or "weighted_round_robin"
 
 # [listeners.http]
-# header_timeout_ms = 10000
+# idle_timeout_ms = 75000
 # body_timeout_ms = 30000
 # max_request_body_bytes = 67108864
 

@@ -26,7 +26,7 @@ from expressgateway.config.diagnose import ConfigError
 from expressgateway.config.load import Loaded, load
 from expressgateway.control import drain
 from expressgateway.control.admin.endpoints import Endpoints
-from expressgateway.control.admin.http import AdminServer
+from expressgateway.control.admin.http import REJECTS, AdminServer
 from expressgateway.control.census import CensusTable
 from expressgateway.control.channel import FrameError, encode, pack_bytes
 from expressgateway.control.failures import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, StartError
@@ -38,7 +38,7 @@ from expressgateway.control.ticket_keys import TicketKeys
 from expressgateway.control.worker_process import WORKER_COMMAND, Launch, Snapshot
 from expressgateway.control.workers import PATIENT, Fleet, Timing
 from expressgateway.observe import logs
-from expressgateway.observe.counters import Sample
+from expressgateway.observe.counters import Sample, Tally
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +98,7 @@ class Supervisor:
         self._bound: list[Bound] = []
         self._admin: AdminServer | None = None
         self._admin_address = ""
+        self._admin_rejects = Tally()
         self._census: CensusTable | None = None
         self._fleet: Fleet | None = None
 
@@ -155,7 +156,7 @@ class Supervisor:
         if config.observability.metrics_bind is not None:
             sock = bind_admin(config.observability.metrics_bind)
             self._admin_address = str(config.observability.metrics_bind)
-            self._admin = AdminServer(sock, Endpoints(self).answer)
+            self._admin = AdminServer(sock, Endpoints(self, self._admin_rejects).answer, self._admin_rejects)
             await self._admin.start()
         self._keys.adopt(self._keys.planned(config))
         self._census = CensusTable(count)
@@ -383,11 +384,13 @@ class Supervisor:
     def _samples(self) -> Iterator[Sample]:
         reloads = self._reloads
         for result, count in reloads.counts.items():
-            yield "config_reloads", (result,), count
+            yield "config_reload", (result,), count
         yield "config_version", (), reloads.version
         yield "config_applied_timestamp_seconds", (), reloads.applied_at
         yield "config_last_reload_successful", (), int(reloads.last is None or reloads.last.is_success)
         yield "build_info", (__version__, platform.python_version()), 1
+        for reason in REJECTS:  # also those that never happened: an alert needs a number to compare with
+            yield "admin_rejects", (reason,), self._admin_rejects.get(reason, 0)
         for phase, seconds in self._progress.seconds(time.monotonic()).items():
             yield "shutdown_drain_seconds", (phase,), seconds
         if self._fleet is not None:

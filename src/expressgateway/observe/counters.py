@@ -82,7 +82,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "worker_rss_bytes": Family("gauge", "Resident memory.", ("worker",)),
     "worker_cpu_seconds": Family("counter", "Processor time used.", ("worker",)),
     "worker_loop_lag_seconds": Family("gauge", "How late the last sweep ran.", ("worker",)),
-    "config_reloads": Family("counter", "Reloads, by result.", ("result",)),
+    "config_reload": Family("counter", "Reloads, by result.", ("result",)),
     "config_version": Family("gauge", "Number of the configuration in force.", ()),
     "config_applied_timestamp_seconds": Family("gauge", "When it came into force.", ()),
     "config_last_reload_successful": Family("gauge", "1 if the last reload was applied.", ()),

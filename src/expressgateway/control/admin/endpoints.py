@@ -7,9 +7,14 @@ configured. Without one, the configuration has made sure that only this machine 
 import hashlib
 import hmac
 import json
+import logging
 from typing import Any, Protocol
 
 from expressgateway.control.admin.http import Request, Response
+from expressgateway.observe.counters import Tally
+from expressgateway.observe.logs import Limited
+
+limited = Limited(logging.getLogger(__name__))
 
 
 class Gateway(Protocol):
@@ -37,12 +42,13 @@ class Gateway(Protocol):
 
 
 class Endpoints:
-    """The paths of the admin listener."""
+    """The paths of the admin listener. Who is not let in is counted in `rejects`."""
 
-    __slots__ = ("_gateway",)
+    __slots__ = ("_gateway", "_rejects")
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, rejects: Tally) -> None:
         self._gateway = gateway
+        self._rejects = rejects
 
     async def answer(self, request: Request) -> Response:
         match request.path:
@@ -56,16 +62,16 @@ class Endpoints:
                 return Response.plain(200, "started") if started else Response.plain(503, "starting")
             case "/metrics":
                 if not self._is_allowed(request):
-                    return _unauthorized()
+                    return self._unauthorized(request)
                 body, content_type = await self._gateway.metrics(request.headers.get("accept", ""))
                 return Response(200, body, content_type)
             case "/api/v1/status":
                 if not self._is_allowed(request):
-                    return _unauthorized()
+                    return self._unauthorized(request)
                 body = json.dumps(self._gateway.status()).encode()
                 return Response(200, body, "application/json")
             case path if path.startswith("/api/") and not self._is_allowed(request):
-                return _unauthorized()  # what exists there is not everybody's to know
+                return self._unauthorized(request)  # what exists there is not everybody's to know
             case _:
                 return Response.plain(404)
 
@@ -78,6 +84,9 @@ class Endpoints:
         given = hashlib.sha256(token.strip().encode("latin-1")).hexdigest()
         return hmac.compare_digest(given, wanted.lower()) and scheme.lower() == "bearer"
 
-
-def _unauthorized() -> Response:
-    return Response.plain(401, WWW_Authenticate='Bearer realm="expressgateway"')
+    def _unauthorized(self, request: Request) -> Response:
+        self._rejects.add("unauthorized")
+        limited.warning(
+            "admin_unauthorized", request.client, "a request to the admin listener had no valid token"
+        )
+        return Response.plain(401, WWW_Authenticate='Bearer realm="expressgateway"')

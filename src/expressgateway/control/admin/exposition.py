@@ -18,6 +18,7 @@ from expressgateway.control.ledger import Merged
 from expressgateway.observe.counters import BUCKETS_S, FAMILIES, Family
 
 SUPERVISOR_FAMILIES: Final[dict[str, Family]] = {
+    "admin_rejects": Family("counter", "Clients the admin listener turned away, by reason.", ("reason",)),
     "shutdown_drain_seconds": Family(
         "gauge", "How long a phase of the drain has taken, or takes so far.", ("phase",)
     ),

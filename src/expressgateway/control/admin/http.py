@@ -14,11 +14,16 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Final
 
+from expressgateway.observe.counters import Tally
+
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS: Final = 64  # the next one is closed at once
 MAX_HEAD_BYTES: Final = 8192  # 431 beyond
 TIMEOUT_S: Final = 5.0  # for the head to come in (408), and for the answer to be taken (close)
+
+REJECTS: Final = ("too_many", "timeout", "bad_request", "unauthorized")
+"""What is counted against clients. `timeout`: slow to ask, or to take the answer and close."""
 
 _TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _TARGET: Final = re.compile(rb"/[!-~]*")
@@ -32,6 +37,8 @@ class Request:
     """Without the query."""
     headers: dict[str, str]
     """Names in lower case; of a repeated field the first."""
+    client: str = ""
+    """Address of who asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +65,8 @@ class BadRequestError(Exception):
         self.status = status
 
 
-def parse_head(head: bytes) -> Request:
-    """Read a head that ends with an empty line. Raises `BadRequestError`.
+def parse_head(head: bytes, client: str = "") -> Request:
+    """Read a head that `client` sent and that ends with an empty line. Raises `BadRequestError`.
 
     Stricter than RFC 9112: only CRLF, only origin form, no body.
     """
@@ -86,15 +93,18 @@ def parse_head(head: bytes) -> Request:
     if "transfer-encoding" in headers or headers.get("content-length", "0") != "0":
         raise BadRequestError(400)  # nothing we answer takes a body
     path = target.decode("ascii").partition("?")[0]
-    return Request(method.decode("ascii"), path, headers)
+    return Request(method.decode("ascii"), path, headers, client)
 
 
 class AdminServer:
-    """Serves `answer` on a listening socket, which it owns."""
+    """Serves `answer` on a listening socket, which it owns, and counts in `rejects` what it turns away."""
 
-    def __init__(self, sock: socket.socket, answer: Answer, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, sock: socket.socket, answer: Answer, rejects: Tally, timeout_s: float = TIMEOUT_S
+    ) -> None:
         self._sock = sock
         self._answer = answer
+        self._rejects = rejects
         self._timeout_s = timeout_s
         self._open: dict[asyncio.StreamWriter, asyncio.Task[None] | None] = {}
         self._server: asyncio.Server | None = None
@@ -113,12 +123,14 @@ class AdminServer:
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._open) >= MAX_CONNECTIONS:
+            self._rejects.add("too_many")
             writer.transport.abort()
             return
         self._open[writer] = asyncio.current_task()
+        request = None
         try:
             async with asyncio.timeout(self._timeout_s):
-                request, response = await self._exchange(reader)
+                request, response = await self._exchange(reader, _client(writer))
             _write(writer, response, is_head=request is not None and request.method == "HEAD")
             async with asyncio.timeout(self._timeout_s):
                 await writer.drain()
@@ -126,6 +138,8 @@ class AdminServer:
                 # Closing with unread bytes would reset the connection, and the answer with it.
                 await reader.read(MAX_HEAD_BYTES)
         except TimeoutError:
+            if request is not None:  # else it is our answer that took too long, or it is counted already
+                self._rejects.add("timeout")
             _make_reset(writer)
         except OSError:
             pass
@@ -135,24 +149,34 @@ class AdminServer:
             self._open.pop(writer, None)
             writer.transport.abort()
 
-    async def _exchange(self, reader: asyncio.StreamReader) -> tuple[Request | None, Response]:
+    async def _exchange(self, reader: asyncio.StreamReader, client: str) -> tuple[Request | None, Response]:
         try:
             async with asyncio.timeout(self._timeout_s / 2):
                 head = await reader.readuntil(b"\r\n\r\n")
         except asyncio.LimitOverrunError:
-            return None, Response.plain(431)
+            return None, self._bad_request(431)
         except asyncio.IncompleteReadError as error:
             if not error.partial:
                 raise ConnectionResetError from None  # a probe of the port: nothing to answer
-            return None, Response.plain(400)
+            return None, self._bad_request(400)
         except TimeoutError:
+            self._rejects.add("timeout")
             return None, Response.plain(408)
         try:
-            request = parse_head(head)
+            request = parse_head(head, client)
         except BadRequestError as error:
             allow = {"Allow": "GET, HEAD"} if error.status == 405 else {}
-            return None, Response.plain(error.status, **allow)
+            return None, self._bad_request(error.status, **allow)
         return request, await self._answer(request)
+
+    def _bad_request(self, status: int, **headers: str) -> Response:
+        self._rejects.add("bad_request")
+        return Response.plain(status, **headers)
+
+
+def _client(writer: asyncio.StreamWriter) -> str:
+    peer = writer.get_extra_info("peername")  # None if it has gone already
+    return str(peer[0]) if peer else ""
 
 
 def _make_reset(writer: asyncio.StreamWriter) -> None:
