@@ -9,8 +9,8 @@ connections are watched like any other.
 from typing import Final
 
 from expressgateway.net.dial import Dialler
+from expressgateway.net.h1_shell import StreamShell
 from expressgateway.net.reactor import Reactor
-from expressgateway.net.stream import Stream
 from expressgateway.upstream.backend import Backend, Waiter
 from expressgateway.upstream.errors import Fault, UpstreamError
 from expressgateway.wire.h1.client import IDLE, H1Client
@@ -22,7 +22,7 @@ MAX_HEAD_BYTES: Final = 65536  # of a backend's response
 MAX_FIELDS: Final = 256
 
 
-class H1Connection:
+class H1Connection(StreamShell):
     """One connection: the stream's owner and the codec's shell."""
 
     __slots__ = (
@@ -36,15 +36,14 @@ class H1Connection:
         "due",
         "idle_since",
         "is_open",
-        "stream",
         "waiter",
     )
 
     def __init__(self, group: "H1Connections", waiter: Waiter, due: float) -> None:
+        super().__init__()
         # Wiring
         self._group = group
         self.codec = H1Client(self, group.fields, MAX_HEAD_BYTES)
-        self.stream: Stream | None = None
         self.waiter: Waiter | None = waiter
         # Connection
         self.is_open = False
@@ -150,22 +149,6 @@ class H1Connection:
             self._is_unsent = False
             if stream is not None:
                 stream.write(out)
-
-    def pause_reading(self) -> None:
-        if self.stream is not None:
-            self.stream.pause()
-
-    def resume_reading(self) -> None:
-        if self.stream is not None:
-            self.stream.resume()
-
-    def unsent(self) -> int:
-        return self.stream.backlog_bytes if self.stream is not None else 0
-
-    def half_close(self) -> None:
-        self.flush()
-        if self.stream is not None:
-            self.stream.write_eof()
 
     def was_delivered(self) -> bool:
         return self.stream is None or self.stream.was_delivered(self._mark)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Final
 
-from expressgateway.net.stream import Stream
+from expressgateway.net.h1_shell import StreamShell
 from expressgateway.proxy.errors import DeadlineError, Reason
 from expressgateway.proxy.exchange import Exchange
 from expressgateway.proxy.forwarding import Peer
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PARTING_S: Final = 1.0  # a drain leaves a connection so long without a request before it closes it
 
 
-class H1FrontConnection:
+class H1FrontConnection(StreamShell):
     """See the module's text."""
 
     __slots__ = (
@@ -35,14 +35,13 @@ class H1FrontConnection:
         "codec",
         "exchange",
         "peer",
-        "stream",
     )
 
     def __init__(self, listener: "HttpListener", peer: Peer) -> None:
+        super().__init__()
         # Wiring
         self._listener = listener
         self.peer = peer
-        self.stream: Stream | None = None
         self.codec = H1Server(self, listener.h1_limits, peer.scheme)
         # Connection
         now = listener.reactor.now
@@ -143,22 +142,6 @@ class H1FrontConnection:
                 stream.write(out)
         if self._is_closing and stream is not None:
             stream.close(linger=self._ends_linger)
-
-    def pause_reading(self) -> None:
-        if self.stream is not None:
-            self.stream.pause()
-
-    def resume_reading(self) -> None:
-        if self.stream is not None:
-            self.stream.resume()
-
-    def unsent(self) -> int:
-        return self.stream.backlog_bytes if self.stream is not None else 0
-
-    def half_close(self) -> None:
-        self.flush()
-        if self.stream is not None:
-            self.stream.write_eof()
 
     def exchange_done(self, is_reusable: bool) -> None:
         exchange = self.exchange
