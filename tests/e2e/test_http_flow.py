@@ -7,10 +7,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import BackendConnection, Client, eventually
+from tests.e2e.harness import Backend, BackendConnection, Client, Gateway, eventually, free_port
 from tests.e2e.http_world import (
     World,
     answer,
@@ -398,3 +399,28 @@ def test_ten_thousand_exchanges_leave_nothing_behind(world: World, worker: int, 
     assert fd_count(worker) <= files + idle
     assert rss_bytes(worker) - memory < 2_000_000
     assert world.gateway.metric("worker_faults_total") == 0
+
+
+def test_the_end_of_a_budget_never_resets_what_was_answered(tmp_path: Path) -> None:
+    """What was sent behind the last request allowed is not read; closing must not destroy the answer."""
+    port = free_port()
+    config = f"""
+[[listeners]]
+name = "web"
+address = "127.0.0.1:{port}"
+protocol = "h1"
+backends = [{{ address = "{{backend}}" }}]
+"""
+    request = b"GET / HTTP/1.1\r\nHost: a\r\nX-Pad: " + b"x" * 2000 + b"\r\n\r\n"
+    with Backend() as backend:
+        with (
+            Gateway(
+                tmp_path, config.replace("{backend}", backend.address), runtime="max_keepalive_requests = 2"
+            ),
+            Client(port) as client,
+        ):
+            client.send(request * 200)
+            assert client.response()[1].get("connection") is None
+            assert client.response()[1]["connection"] == "close"
+            assert client.sock.recv(1) == b"", "an orderly end, and no reset"
+        assert len(backend.requests) == 2

@@ -118,6 +118,9 @@ class H1FrontConnection(StreamShell):
         self._exchanges += 1
         self._head_since = 0.0
         if self._is_draining or (service.max_requests and self._exchanges >= service.max_requests):
+            # The end is our wish, not the client's: it may be sending its next request already, and closing
+            # over that would reset the connection and with it this answer (RFC 9112 9.6).
+            self._ends_linger = not self.codec.close_after
             self.codec.close_after = True
         exchange = Exchange(service, stream, self.peer)
         self.exchange = exchange
