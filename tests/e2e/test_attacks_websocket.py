@@ -254,6 +254,9 @@ def test_nothing_switches_before_the_backend_has(tmp_path: Path) -> None:
             client.send(_HANDSHAKE)
             assert client.response()[0] == 426
         with Client(port) as client:
-            client.send(_HANDSHAKE + b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n")
+            client.send(_HANDSHAKE + b"GET /next HTTP/1.1\r\nHost: a\r\n\r\n")
             assert client.response()[0] == 426
-    assert not any(b"smuggled" in data for data in backend.received), "it went past the gateway unread"
+            assert client.response()[0] == 426, "declined: what follows is the next request"
+    assert not any(b"/next HTTP/1.1\r\nHost" in data for data in backend.received), "it went past unread"
+    (after,) = [head for head, _ in backend.requests if head.startswith(b"GET /next ")]
+    assert b"\r\nx-forwarded-for: " in after
