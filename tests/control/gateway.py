@@ -108,9 +108,17 @@ class Gateway:
         return self
 
     def __exit__(self, *_: object) -> None:
+        orphans: list[int] = []
         if self.process.poll() is None:
+            # A worker that was just being started may outlive it, and would hold the log open for ever.
+            self.process.send_signal(signal.SIGSTOP)
+            pid = self.process.pid
+            orphans = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
             self.process.kill()
         self.process.wait(PATIENCE_S)
+        for orphan in orphans:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(orphan, signal.SIGKILL)
         self._reader.join(PATIENCE_S)
         if self.process.stderr is not None:
             self.process.stderr.close()
