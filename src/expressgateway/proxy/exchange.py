@@ -198,7 +198,11 @@ class Exchange:
             return
         if chunk:
             held.append(chunk)
-        if self.back is None and not self._front_is_paused:
+        if self.back is None:
+            self._pause_front()
+
+    def _pause_front(self) -> None:
+        if not self._front_is_paused:
             self._front_is_paused = True
             self.front.pause()
 
@@ -206,9 +210,7 @@ class Exchange:
         """Bytes behind a handshake may be a request in disguise: no backend sees them before it agreed."""
         if self._held is not None and not self._response_begun:
             self._held.append(chunk)
-        if not self._front_is_paused:
-            self._front_is_paused = True
-            self.front.pause()
+        self._pause_front()
 
     # -- towards a backend: Waiter ---------------------------------------------------------------------
 
@@ -371,9 +373,7 @@ class Exchange:
 
     def on_back_blocked(self) -> None:
         self._is_back_blocked = True
-        if not self._front_is_paused:
-            self._front_is_paused = True
-            self.front.pause()
+        self._pause_front()
 
     def on_back_drained(self) -> None:
         self._is_back_blocked = False

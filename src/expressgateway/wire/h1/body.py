@@ -26,6 +26,11 @@ OnData = Callable[[bytes, bool], None]
 OnTrailers = Callable[[Fields], None]
 
 
+def last_chunk(fields: Fields) -> bytes:
+    """The end of a chunked body: the last chunk, the trailer section, the blank line (RFC 9112 7.1)."""
+    return b"".join([b"0\r\n", *(name + b": " + value + b"\r\n" for name, value in fields), b"\r\n"])
+
+
 class BodyReader(Protocol):
     """``feed`` gives what is left over once the body has ended, or ``None`` while it goes on."""
 

@@ -16,7 +16,7 @@ from expressgateway.wire.errors import (
     TruncatedError,
     WireError,
 )
-from expressgateway.wire.h1.body import BodyReader, ChunkReader, CloseReader, LengthReader
+from expressgateway.wire.h1.body import BodyReader, ChunkReader, CloseReader, LengthReader, last_chunk
 from expressgateway.wire.h1.fields import FieldReader, Section, lines_of
 from expressgateway.wire.h1.start import read_status_line
 from expressgateway.wire.head import WEBSOCKET, Fields, RequestHead, ResponseHead
@@ -203,11 +203,7 @@ class H1Client:
 
     def send_trailers(self, fields: Fields) -> None:
         if self.writing is CHUNKED:
-            lines = [b"0\r\n"]
-            for name, value in fields:
-                lines.append(name + b": " + value + b"\r\n")
-            lines.append(b"\r\n")
-            self._write(b"".join(lines))
+            self._write(last_chunk(fields))
         elif self._left:
             self._fail(FramingError("a request body shorter than was declared"))
             return

@@ -23,7 +23,7 @@ from expressgateway.wire.errors import (
     TruncatedError,
     WireError,
 )
-from expressgateway.wire.h1.body import BodyReader, ChunkReader, LengthReader
+from expressgateway.wire.h1.body import BodyReader, ChunkReader, LengthReader, last_chunk
 from expressgateway.wire.h1.fields import FieldReader, Section, check_authority, lines_of
 from expressgateway.wire.h1.start import read_request_line, status_line
 from expressgateway.wire.head import WEBSOCKET, Fields, RequestHead, ResponseHead
@@ -412,13 +412,10 @@ class H1Server:
         """The final head. Framing follows from the request, the status and the declared length."""
         status = head.status
         length = head.content_length
-        if self.reading is BODY:
-            if self._body is None:
-                self.reading = READ_DONE  # the backend declined the upgrade: this is plain HTTP again
-            elif status >= 400:
-                # A refusal in the middle of the upload: the rest will not be read, and the client is told so
-                # (RFC 9112 9.6). An early success may be the begin of a conversation.
-                self.close_after = True
+        if self.reading is BODY and status >= 400:
+            # A refusal in the middle of the upload: the rest will not be read, and the client is told so
+            # (RFC 9112 9.6). An early success may be the begin of a conversation.
+            self.close_after = True
         lines = [status_line(status), head.shared.h1 or lines_of(head.shared)]
         for name, value in head.headers:
             lines.append(name + b": " + value + b"\r\n")
@@ -475,11 +472,7 @@ class H1Server:
     def send_trailers(self, fields: Fields) -> None:
         """The trailer section, if there can be one, and the end."""
         if self.writing is CHUNKED and fields and self.trailers_allowed:
-            lines = [b"0\r\n"]
-            for name, value in fields:
-                lines.append(name + b": " + value + b"\r\n")
-            lines.append(b"\r\n")
-            self._write(b"".join(lines))
+            self._write(last_chunk(fields))
             self.writing = NONE  # the end is written already
         self._end()
 
