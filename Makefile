@@ -9,18 +9,21 @@ RUN := $(VENV)/.run
 DEV := $(VENV)/.dev
 BENCH := $(VENV)/.bench
 # What tests and bench use beside the virtual environment; installed by tools/setup_system.sh when root.
-PACKAGES := nginx libnginx-mod-stream haproxy wrk nghttp2-client curl openssl python3-venv iproute2
+PACKAGES := nginx libnginx-mod-stream haproxy wrk nghttp2-client nghttp2-server curl openssl python3-venv iproute2 chromium-headless-shell systemd prometheus:usr/bin/promtool
+
+# Three processes, a file of tests to each: most tests wait for time to pass, and none shares anything.
+PARALLEL ?= -n 3 --dist loadfile
 
 # Where properties are tested: `make fuzz` tries each a hundred times as often as the suite does.
 FUZZED := tests/wire tests/config/test_fuzz.py tests/config/test_positions.py tests/demo/test_http.py
 
-.PHONY: run test lint types check bench soak fuzz format system clean
+.PHONY: run test lint types check dist bench soak outage rolling fuzz format system clean
 
 run: $(RUN)
 	$(BIN)/expressgateway demo
 
 test: $(DEV) system
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) $(TESTS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -35,11 +38,21 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The wheel and the source distribution, in dist/.
+dist: $(DEV)
+	$(BIN)/python -m build
+
 bench: $(BENCH) system
 	$(BIN)/python -m bench --write
 
 soak: $(BENCH) system
 	$(BIN)/python -m bench soak --write
+
+outage: $(BENCH) system
+	$(BIN)/python -m bench.outage --policy round_robin,least_requests,maglev --write
+
+rolling: $(BENCH) system
+	$(BIN)/python -m bench.rolling
 
 fuzz: $(DEV)
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest --timeout 3600 $(FUZZED)
@@ -61,4 +74,4 @@ $(BENCH): pyproject.toml tools/setup_venv.sh
 	touch $@ $(RUN)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

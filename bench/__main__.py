@@ -21,6 +21,7 @@ from bench.measure import TreeChangedError, raise_open_files, split_cores
 from bench.peers import GATEWAY, PROXIES, Rack, UnavailableError, rack
 from bench.scaling import run_scaling, scaling_cores
 from bench.soak import STALLED_BUDGET_BYTES, flatness, many_requests, stalled_downloads
+from bench.streams import StreamFigures, StreamsError, measure_streams
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,8 +31,10 @@ PAGE: Final = ROOT / "docs" / "performance.md"
 RESULTS: Final = ROOT / "bench" / "results"
 OPEN_FILES: Final = 40_000
 IDLE_CELLS: Final = {"idle": (5000, False), "idle-tls": (2000, True)}
+STREAMS_CELL: Final = "h2-streams"
+HELD: Final = (100, 100)  # connections, and streams on each
 SCALING_CELL: Final = "scaling"
-CELL_NAMES: Final = (*(cell.name for cell in CELLS), *IDLE_CELLS, SCALING_CELL)
+CELL_NAMES: Final = (*(cell.name for cell in CELLS), *IDLE_CELLS, STREAMS_CELL, SCALING_CELL)
 
 
 def arguments(given: list[str]) -> argparse.Namespace:
@@ -80,6 +83,7 @@ class Bench:
         self.rack = shelf
         self.cells: dict[str, dict[str, Outcome]] = {}
         self.idle: dict[str, dict[str, IdleFigures | str]] = {}
+        self.streams: dict[str, StreamFigures | str] = {}
         self.scaling: dict[str, Outcome] | None = None
         self.scaling_shared = False
         self.sections: list[str] = []
@@ -97,6 +101,8 @@ class Bench:
         for name, (connections, tls) in IDLE_CELLS.items():
             if name in self.options.cells:
                 self._idle_cell(name, connections // (10 if self.options.quick else 1), tls=tls)
+        if STREAMS_CELL in self.options.cells:
+            self._streams_cell()
         if SCALING_CELL in self.options.cells:
             cores = scaling_cores(os.sched_getaffinity(0) | self.rack.cores.proxy)
             self.scaling_shared = cores.shared
@@ -123,6 +129,7 @@ class Bench:
                 rounds=self.options.rounds,
                 seconds=self.options.seconds * (2 if cell.bulk else 1),
                 scratch=self.rack.directory,
+                files=self.rack.site.files,
             )
             for name, why in missing.items():
                 if cell.bulk or name in PROXIES:
@@ -152,6 +159,29 @@ class Bench:
         )
         self._section(heading, report.idle_table(results))
 
+    def _streams_cell(self) -> None:
+        connections, streams = HELD
+        if self.options.quick:
+            connections //= 10
+        for proxy in self.options.peers:
+            try:
+                program = self.rack.start_proxy(proxy)
+            except UnavailableError as error:
+                self.streams[proxy] = str(error)
+                continue
+            try:
+                self.streams[proxy] = measure_streams(
+                    program, self.rack.site.held_port, connections=connections, streams=streams
+                )
+            except StreamsError as error:
+                self.streams[proxy] = str(error)
+            self.rack.stop(program)
+        heading = (
+            f"### {STREAMS_CELL}: {connections} HTTP/2 connections over TLS with {streams} requests on each "
+            "that wait for their answers, every one on an HTTP/1.1 connection to the backend"
+        )
+        self._section(heading, report.streams_table(self.streams))
+
     def gateway_failed(self) -> bool:
         """Whether the gateway, if asked for, has no number somewhere."""
         outcomes: list[Mapping[str, Outcome]] = [*self.cells.values(), self.scaling or {}]
@@ -161,7 +191,8 @@ class Bench:
             for name, outcome in cell.items()
             if name.startswith(GATEWAY)
         )
-        return failed or any(isinstance(results.get(GATEWAY), str) for results in self.idle.values())
+        held: list[Mapping[str, object]] = [*self.idle.values(), self.streams]
+        return failed or any(isinstance(results.get(GATEWAY), str) for results in held)
 
 
 def facts(options: argparse.Namespace, command: str) -> dict[str, str]:
@@ -189,7 +220,13 @@ def run_bench(options: argparse.Namespace, command: str) -> int:
     bulk_cells = frozenset(cell.name for cell in CELLS if cell.bulk)
     verdict = report.verdicts(bench.cells, bulk_cells, bench.idle.get("idle"), bench.scaling)
     say(f"\n### Budgets\n\n{verdict}\n")
-    record = {"facts": about, "cells": bench.cells, "idle": bench.idle, "scaling": bench.scaling}
+    record = {
+        "facts": about,
+        "cells": bench.cells,
+        "idle": bench.idle,
+        "streams": bench.streams,
+        "scaling": bench.scaling,
+    }
     name = f"bench-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"
     say(f"samples: {report.write_record(RESULTS, name, record).relative_to(ROOT)}")
     if options.write:

@@ -130,7 +130,11 @@ def answer_of(
 
 def _wait_until_serving(program: Program) -> None:
     ports = program.ports
-    wanted = [(port, port == ports.https) for port in (ports.http, ports.https, ports.tcp) if port]
+    wanted = [
+        (port, port in (ports.https, ports.h2))
+        for port in (ports.http, ports.https, ports.tcp, ports.h2)
+        if port
+    ]
     deadline = time.monotonic() + START_TIMEOUT_S
     problem = ""
     while wanted:
@@ -211,15 +215,30 @@ class Rack:
         return self._launch("backend", command, Ports(self.site.backend_port), directory, self.cores.load)
 
     def start_proxy(
-        self, name: str, *, tuned: bool = False, workers: int = 1, cores: frozenset[int] | None = None
+        self,
+        name: str,
+        *,
+        tuned: bool = False,
+        workers: int = 1,
+        cores: frozenset[int] | None = None,
+        more: str = "",
     ) -> Program:
-        """One proxy, on the proxy's core unless told otherwise. Raises UnavailableError."""
+        """One proxy, on the proxy's core unless told otherwise; ``more`` is added to the gateway's
+        configuration. Raises UnavailableError."""
         binary = find_program(name)
         directory = self._fresh_directory(name)
-        http_port, https_port, tcp_port = free_ports(3)
+        http_port, https_port, tcp_port, full_port, h2_port, held_port, h3_port = free_ports(7)
         stream_module = find_stream_module() if name == "nginx" else None
         has_tcp = name != "nginx" or stream_module is not None
-        ports = Ports(http_port, https_port, tcp_port if has_tcp else None)
+        ports = Ports(
+            http_port,
+            https_port,
+            tcp_port if has_tcp else None,
+            full_port if name == GATEWAY else None,
+            h2_port if name != "nginx" else None,  # it has no HTTP/2 to backends
+            held_port,
+            h3_port if name in ("envoy", GATEWAY) else None,  # Debian builds the others without QUIC
+        )
         config = directory / {"envoy": "envoy.json", GATEWAY: "gateway.toml"}.get(name, f"{name}.conf")
         match name:
             case "nginx":
@@ -235,7 +254,7 @@ class Rack:
                 quiet = ["--disable-hot-restart", "--log-level", "error"]
                 command = [binary, "-c", str(config), "--concurrency", str(workers), *quiet]
             case _:
-                text = configs.gateway_toml(self.site, ports, workers=workers)
+                text = configs.gateway_toml(self.site, ports, workers=workers, directory=directory, more=more)
                 command = [binary, str(config)]
         config.write_text(text, "ascii")
         return self._launch(name, command, ports, directory, cores or self.cores.proxy)

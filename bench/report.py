@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bench.cells import Cell, Outcome
+from bench.cells import OVER_H1, Cell, Outcome
 from bench.idle import IdleFigures
 from bench.peers import GATEWAY, PROXIES, find_stream_module, program_version
 from bench.scaling import compare
 from bench.stats import round_ratios, summarise
+from bench.streams import StreamFigures
 
 PLACEHOLDER: Final = """\
 # Performance
@@ -41,10 +42,13 @@ BUDGETS: Final = (
     Budget("h1", "nginx", 2.0),
     Budget("h1", "envoy", 0.6),
     Budget("tls", "nginx", 2.0),
+    Budget("h2", "nginx", 2.0),
     Budget("tcp", "haproxy", 1.5),
     Budget("tcp-bulk", "haproxy", 0.8),
     Budget("tcp-bulk", "haproxy-64k", 0.8),
 )
+THROUGHPUT_CELLS: Final = ("h2-download", "h2-upload")
+THROUGHPUT_BUDGET: Final = 0.7
 IDLE_BUDGET_BYTES: Final = 16 * 1024
 SCALING_BUDGET: Final = 1.7
 
@@ -85,6 +89,17 @@ def cost_ratio(outcomes: Mapping[str, Outcome], over: str, under: str, *, bulk: 
             return None
         costs.append([s.cpu_s / (s.bytes if bulk else s.requests) for s in outcome.samples])
     return round_ratios(*costs)
+
+
+def throughput_ratio(outcomes: Mapping[str, Outcome], over: str, under: str) -> float | None:
+    """Bytes per second of one variant over those of another, round by round; None when either has none."""
+    rates: list[list[float]] = []
+    for variant in (over, under):
+        outcome = outcomes.get(variant)
+        if outcome is None or outcome.failure is not None or not outcome.samples:
+            return None
+        rates.append([sample.bytes / sample.seconds for sample in outcome.samples])
+    return round_ratios(*rates)
 
 
 def _ratio(value: float | None) -> str:
@@ -138,6 +153,22 @@ def idle_table(results: Mapping[str, IdleFigures | str]) -> str:
     return "\n\n".join([table(header, rows), *(["\n".join(failures)] if failures else [])])
 
 
+def streams_table(results: Mapping[str, StreamFigures | str]) -> str:
+    """Memory of streams that are held open, one row a proxy."""
+    header = ["proxy", "connections", "streams", "before MiB", "with all open MiB", "bytes/stream"]
+    rows: list[list[str]] = []
+    failures: list[str] = []
+    for variant, result in results.items():
+        if isinstance(result, str):
+            rows.append([variant, "failed", *["-"] * 4])
+            failures.append(f"- **{variant} failed**: {result}")
+            continue
+        counts = [str(result.connections), str(result.streams)]
+        memory = [_mib(result.base_bytes), _mib(result.full_bytes), f"{result.per_stream_bytes:.0f}"]
+        rows.append([variant, *counts, *memory])
+    return "\n\n".join([table(header, rows), *(["\n".join(failures)] if failures else [])])
+
+
 def scaling_table(outcomes: Mapping[str, Outcome], *, shared: bool) -> str:
     """One and two workers, and what follows from them."""
     header = ["proxy", "requests/s", "CPU us/request", "busiest process", "p99"]
@@ -183,6 +214,11 @@ def verdicts(
         verdict = "not measured" if ratio is None else "kept" if ratio <= budget.limit else "MISSED"
         what = f"{budget.cell}: CPU against {budget.reference}"
         rows.append([what, f"<= {budget.limit} x", _ratio(ratio), verdict])
+    for name in THROUGHPUT_CELLS:
+        ratio = throughput_ratio(cells.get(name, {}), GATEWAY, OVER_H1)
+        verdict = "not measured" if ratio is None else "kept" if ratio >= THROUGHPUT_BUDGET else "MISSED"
+        what = f"{name}: throughput against HTTP/1.1 over TLS"
+        rows.append([what, f">= {THROUGHPUT_BUDGET} x", _ratio(ratio), verdict])
     figures = idle.get(GATEWAY) if idle else None
     if isinstance(figures, IdleFigures):
         kept = figures.per_connection_bytes <= IDLE_BUDGET_BYTES

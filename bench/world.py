@@ -20,16 +20,23 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 BODY_BYTES: Final = 10_000_000
+LARGE_BODY_BYTES: Final = 100_000_000
 STALLED_BODY_BYTES: Final = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Where one program listens: HTTP in clear text, HTTP over TLS, plain TCP; None where it does not."""
+    """Where one program listens: HTTP in clear text, HTTP over TLS, plain TCP, HTTP with everything that a
+    pool can have, HTTP over TLS before an HTTP/2 backend, and before one that never answers; None where it
+    does not. Over TLS both versions are spoken, by ALPN. ``h3``: HTTP/3, on UDP."""
 
     http: int
     https: int | None = None
     tcp: int | None = None
+    full: int | None = None
+    h2: int | None = None
+    held: int | None = None
+    h3: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,9 @@ class Site:
 
     backend_port: int
     sink_port: int
+    h2_backend_port: int
+    held_port: int
+    """Nobody listens there but while a cell holds streams open."""
     files: Path
     """The directory the backend serves."""
     cert_path: Path
@@ -69,10 +79,10 @@ def free_ports(count: int) -> list[int]:
             candidate.close()
 
 
-def make_certificate(directory: Path) -> tuple[Path, Path, Path]:
+def make_certificate(directory: Path, common_name: str = "localhost") -> tuple[Path, Path, Path]:
     """A self-signed P-256 certificate for localhost; returns certificate, key, and both in one file."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     now = datetime.datetime.now(datetime.UTC)
     names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
     certificate = (
@@ -98,11 +108,20 @@ def make_certificate(directory: Path) -> tuple[Path, Path, Path]:
 
 
 def make_site(directory: Path) -> Site:
-    """Certificate, the 10 MB file, and a sparse file of 1 GB that nobody reads to its end."""
+    """Certificate, the 10 MB file, and sparse files: 100 MB, and 1 GB that nobody reads to its end."""
     files = directory / "files"
     files.mkdir()
     (files / "10m").write_bytes(random.randbytes(BODY_BYTES))
-    with (files / "1g").open("wb") as big:
-        big.truncate(STALLED_BODY_BYTES)
-    backend_port, sink_port = free_ports(2)
-    return Site(backend_port, sink_port, files, *make_certificate(directory), is_root=os.geteuid() == 0)
+    for name, size in (("100m", LARGE_BODY_BYTES), ("1g", STALLED_BODY_BYTES)):
+        with (files / name).open("wb") as big:
+            big.truncate(size)
+    backend_port, sink_port, h2_backend_port, held_port = free_ports(4)
+    return Site(
+        backend_port,
+        sink_port,
+        h2_backend_port,
+        held_port,
+        files,
+        *make_certificate(directory),
+        is_root=os.geteuid() == 0,
+    )

@@ -1,11 +1,22 @@
 """Hypothesis profiles: the suite's own, and ``fuzz`` for ``make fuzz``, a hundred times as long."""
 
 import os
+import signal
+import sys
 
 import pytest
 from hypothesis import settings
 
 LONGER = 100
+
+# Container images like to set this. Hundreds of gateways start here, and each process of each would compile
+# every module again, which takes as long as all the rest of its start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+# Shells ignore both for what runs in the background, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")

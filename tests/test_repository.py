@@ -101,6 +101,12 @@ def test_every_relative_link_of_the_documents_leads_somewhere() -> None:
     assert broken == []
 
 
+def test_the_index_names_every_document() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    documents = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert [name for name in sorted(documents) if f"]({name})" not in index] == []
+
+
 def project() -> dict[str, object]:
     with (ROOT / "pyproject.toml").open("rb") as file:
         table: dict[str, object] = tomllib.load(file)["project"]

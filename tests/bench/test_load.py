@@ -3,7 +3,15 @@
 import json
 
 import pytest
-from bench.load import LoadError, parse_h2load, parse_handshakes, parse_wrk, run_generator, upload_lua
+from bench.load import (
+    LoadError,
+    check_version,
+    parse_h2load,
+    parse_handshakes,
+    parse_wrk,
+    run_generator,
+    upload_lua,
+)
 
 WRK = """Running 1s test @ http://127.0.0.1:21999/
   20635 requests in 1.00s, 2.89MB read
@@ -67,6 +75,21 @@ class TestH2load:
     def test_any_failure_fails_the_run(self, reported: str, instead: str) -> None:
         with pytest.raises(LoadError, match="saw failures"):
             parse_h2load(H2LOAD.replace(reported, instead), H2LOAD_LOG)
+
+    def test_a_head_whose_body_the_end_of_the_run_cut_is_no_failure(self) -> None:
+        assert parse_h2load(H2LOAD.replace("4 2xx", "5 2xx"), H2LOAD_LOG).requests == 4
+
+    @pytest.mark.parametrize(
+        ("spoken", "streams", "is_right"),
+        [("h2", 16, True), ("http/1.1", 0, True), ("http/1.1", 16, False), ("h2", 0, False), ("", 16, False)],
+    )
+    def test_a_run_in_another_version_is_no_result(self, spoken: str, streams: int, is_right: bool) -> None:
+        output = f"Application protocol: {spoken}\n{H2LOAD}" if spoken else H2LOAD
+        if is_right:
+            check_version(output, streams)
+        else:
+            with pytest.raises(LoadError, match=r"instead of|did not agree"):
+                check_version(output, streams)
 
     def test_no_summary(self) -> None:
         with pytest.raises(LoadError, match="wrote no summary"):

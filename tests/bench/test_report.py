@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 from bench.__main__ import arguments
-from bench.cells import Outcome
+from bench.cells import OVER_H1, Outcome
 from bench.idle import IdleFigures
 from bench.soak import flatness
 from bench.stats import Sample
+from bench.streams import StreamFigures
 
 from bench import report
 
@@ -56,6 +57,19 @@ def test_verdicts_tell_kept_from_missed_from_unknown() -> None:
     assert found["tcp-bulk: CPU against haproxy"] == "kept"
     assert found["idle: memory a connection"] == "MISSED"
     assert found["scaling: two workers"] == "not measured"
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(1.4, "kept"), (1.5, "MISSED")])
+def test_http2_is_held_against_http1_by_its_throughput(seconds: float, verdict: str) -> None:
+    one, other = (Outcome([Sample(requests=1, seconds=each, cpu_s=1, bytes=1000)]) for each in (seconds, 1.0))
+    text = report.verdicts({"h2-upload": {"gateway": one, OVER_H1: other}}, BULK, None, None)
+    assert row(text, "h2-upload: throughput against HTTP/1.1 over TLS")[3] == verdict
+
+
+def test_bytes_of_a_stream() -> None:
+    text = report.streams_table({"gateway": StreamFigures(10, 1000, 0, 3_000_000), "nginx": "no listener"})
+    assert row(text, "gateway")[-1] == "3000"
+    assert "**nginx failed**: no listener" in text
 
 
 def test_only_the_generated_part_is_replaced(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
 )
+from cryptography.x509 import ocsp
 
 _NOW = datetime.now(UTC)
 
@@ -43,6 +44,30 @@ def certificate(
     return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
+def ocsp_response(
+    pem: bytes,
+    key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey,
+    *,
+    begins: datetime = _NOW - timedelta(hours=1),
+    ends: datetime | None = _NOW + timedelta(days=3),
+    is_revoked: bool = False,
+    issuer: bytes | None = None,
+) -> bytes:
+    """What the authority whose key that is says of a certificate (PEM): of one signed by itself, unless the
+    issuer is given."""
+    leaf = x509.load_pem_x509_certificate(pem)
+    authority = x509.load_pem_x509_certificate(issuer) if issuer is not None else leaf
+    status = ocsp.OCSPCertStatus.REVOKED if is_revoked else ocsp.OCSPCertStatus.GOOD
+    builder = (
+        ocsp.OCSPResponseBuilder()
+        .add_response(
+            leaf, authority, hashes.SHA256(), status, begins, ends, begins if is_revoked else None, None
+        )
+        .responder_id(ocsp.OCSPResponderEncoding.HASH, authority)
+    )
+    return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.DER)
+
+
 def key_pem(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey, passphrase: bytes | None = None) -> bytes:
     encryption = NoEncryption() if passphrase is None else BestAvailableEncryption(passphrase)
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
@@ -68,6 +93,9 @@ def write_certs(directory: Path) -> Path:
     write(certs / "ca.pem", certificate(other))
     write(certs / "open.key", key_pem(server), 0o644)
     write(certs / "encrypted.key", key_pem(server, b"secret"))
+    write(certs / "secret.bin", bytes(32))
+    write(certs / "open-secret.bin", bytes(32), 0o644)
+    write(certs / "short-secret.bin", bytes(16))
     write(certs / "long.pem", good * 7)
     write(certs / "six.pem", good + certificate(other) * 5)
     write(certs / "reversed.pem", certificate(other) + good)

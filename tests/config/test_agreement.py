@@ -16,6 +16,7 @@ from expressgateway.config.values import BadValueError
 from expressgateway.net.tls import CertificatePair, ServerTls, TlsConfigError, client_context
 from expressgateway.observe.counters import BUCKETS_S, CLASSES, FAMILIES, VERSIONS
 from expressgateway.proxy.errors import SECURITY_KINDS, Reason
+from expressgateway.upstream.health_backend import EJECTION_CAUSES, STATES
 from tests.config.material import certificate, key_pem, new_key, write
 from tests.config.test_schema import config, listener
 
@@ -137,10 +138,25 @@ def test_two_listeners_may_have_the_same_certificate(tmp_path: Path) -> None:
 class TestSeries:
     def test_labels_have_no_more_values_than_are_counted(self) -> None:
         assert len(CLASSES) == schema.STATUS_CLASSES
-        assert len(VERSIONS) == schema.HTTP_VERSIONS
+        secured = {"cert_path": "a", "key_path": "b"}
+        over_tls = config(listener(protocol="h1s", tls=secured)).listeners[0]
+        over_quic = config(listener(protocol="quic", quic={**secured, "retry_secret_path": "c"})).listeners[0]
+        assert len(VERSIONS) == over_tls.http_versions + over_quic.http_versions
         assert len(BUCKETS_S) + 1 + 2 == schema.HISTOGRAM_SERIES  # and +Inf; sum and count
         assert len(Reason) <= schema.GATEWAY_ERRORS
         assert len(SECURITY_KINDS) < schema.SECURITY_EVENT_KINDS
+        assert len(STATES) == schema.BACKEND_STATES
+
+    def test_what_is_counted_per_pool_is_less_than_what_is_counted_per_backend(self) -> None:
+        """Such metrics are left out: a pool has a backend, and a backend's metrics have more labels."""
+        limits = [key for key in schema.CircuitBreaker.model_fields if key != "pending_timeout_ms"]
+        assert len(limits) < schema.STATUS_CLASSES
+        assert len(EJECTION_CAUSES) < schema.STATUS_CLASSES
+        pooled = [name for name, each in FAMILIES.items() if "pool" in each.labels]
+        counted = ("pool_connections", "backend_requests", "backend_state", "backend_ejections")
+        others = {FAMILIES[name].labels[-1] for name in pooled if name not in counted}
+        # Closed sets of a few words each, and none of them is per backend.
+        assert others == {"pool", "backend", "reason", "limit", "result"}
 
     def test_metrics_are_those_that_are_counted(self) -> None:
         names = {f"{name}_total" if each.kind == "counter" else name for name, each in FAMILIES.items()}
@@ -160,13 +176,42 @@ class TestSeries:
         )
         series = built.series()
         assert series == {
+            "backend_request_duration_seconds": 22 * 17,
+            "backend_connect_duration_seconds": 22 * 17,
+            "backend_head_duration_seconds": 22 * 17,
             "security_events_total": 3 * 64,
             "backend_requests_total": 22 * 6,
+            "backend_state": 22 * 6,
             "http_request_duration_seconds": 2 * 2 * 17,
-            "http_gateway_errors_total": 2 * 32,
+            "http_gateway_errors_total": 2 * 48,
             "pool_connections": 22 * 2,
-            "relay_errors_total": 1 * 32,
+            "relay_errors_total": 1 * 48,
             "http_requests_total": 2 * 2 * 6,
             "worker_up": 3,
         }
         assert list(series.values()) == sorted(series.values(), reverse=True)
+
+    def test_each_route_counts_and_so_does_what_none_matches(self) -> None:
+        answers = [{"match": {"path": f"/{number}"}, "respond": {"status": 204}} for number in range(9)]
+        series = config(listener(routes=answers), listener(address="127.0.0.1:1")).series()
+        assert series["http_requests_total"] == (10 + 1) * 2 * 6
+        assert series["http_request_duration_seconds"] == (10 + 1) * 2 * 17
+        assert series["http_gateway_errors_total"] == 2 * 48
+
+    def test_listeners_that_speak_http2_count_one_more_version(self) -> None:
+        answers = [{"match": {"path": f"/{number}"}, "respond": {"status": 204}} for number in range(9)]
+        tls = {"cert_path": "a", "key_path": "b"}
+        series = config(
+            listener(routes=answers, h2c=True), listener(address="127.0.0.1:1", protocol="h1s", tls=tls)
+        ).series()
+        assert series["http_requests_total"] == (10 + 1) * 3 * 6
+
+    def test_one_over_quic_has_one_version(self) -> None:
+        quic = {"cert_path": "a", "key_path": "b", "retry_secret_path": "c"}
+        assert config(listener(protocol="quic", quic=quic)).series()["http_requests_total"] == 6
+
+    def test_backends_of_named_pools_count(self) -> None:
+        pool = {"name": "app", "backends": [{"address": f"127.0.0.1:{port}"} for port in range(1, 8)]}
+        routes = [{"split": [{"pool": "app"}]}]
+        series = config(listener(backends=[], routes=routes), pools=[pool]).series()
+        assert (series["backend_state"], series["backend_requests_total"]) == (7 * 6, 7 * 6)

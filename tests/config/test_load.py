@@ -8,6 +8,7 @@ import pytest
 
 from expressgateway.config.diagnose import ConfigError
 from expressgateway.config.load import load
+from expressgateway.config.starter import STARTER
 from tests.config.material import write, write_certs
 
 ROOT = Path(__file__).parents[2]
@@ -46,8 +47,20 @@ def test_examples_load_without_a_warning(example: Path, tmp_path: Path) -> None:
 
 
 def test_examples_of_this_version_are_there() -> None:
-    names = {"tcp", "tls", "udp", "h1", "h1s", "h1s-websocket", "hardened", "default"}
+    names = {"tcp", "tls", "udp", "h1", "h1s", "h1s-websocket", "routes", "canary", "sticky", "hardened"}
+    names |= {"default", "quic-h3"}
     assert names <= {path.stem for path in EXAMPLES}
+
+
+def test_so_is_the_path_of_the_access_log(tmp_path: Path) -> None:
+    paths = {"": "stdout", 'path = "stdout"': "stdout", 'path = "a/b.log"': f"{tmp_path}/a/b.log"}
+    paths['path = "/var/log/b.log"'] = "/var/log/b.log"
+    for text, expected in paths.items():
+        path = tmp_path / "a.toml"
+        path.write_text(f"{STARTER}\n[observability.access_log]\n{text}\n")
+        log = load(path).config.observability.access_log
+        assert log is not None
+        assert log.path == expected
 
 
 def test_paths_are_those_of_the_file_not_of_the_caller(

@@ -15,10 +15,18 @@ from expressgateway.config.blocks import (
     Watchdog,
 )
 from expressgateway.config.http import AltSvc, Compression, Grpc, H2Security, Http, WebSocket
-from expressgateway.config.pools import Backend, LoadBalancing
+from expressgateway.config.pools import (
+    AffinityCookie,
+    Backend,
+    CircuitBreaker,
+    Health,
+    LoadBalancing,
+    Outlier,
+    Retry,
+)
 from expressgateway.config.schema import Config
 from expressgateway.config.tls import ListenerTls, Quic, RawProxy
-from expressgateway.config.values import Address, Block
+from expressgateway.config.values import Address, BadValueError, Block
 
 BACKENDS = [{"address": "127.0.0.1:3000"}]
 TLS = {"cert_path": "/c", "key_path": "/k"}
@@ -48,6 +56,46 @@ CONTRACT: list[tuple[Block, dict[str, Any]]] = [
     (
         LoadBalancing(),
         {"policy": "round_robin", "table_size": 65537, "virtual_nodes": 160, "decay_ms": 10_000},
+    ),
+    (
+        Health(type="http"),
+        {
+            "path": "/",
+            "host": None,
+            "expect_status": (200,),
+            "expect_body": None,
+            "interval_ms": 5000,
+            "timeout_ms": 2000,
+            "rise": 3,
+            "fall": 2,
+            "jitter": 20,
+        },
+    ),
+    (
+        Outlier(),
+        {
+            "ejection_ms": 30_000,
+            "max_ejection_ms": 300_000,
+            "max_ejection_percent": 50,
+            "panic_threshold_percent": 50,
+            "count_5xx": False,
+        },
+    ),
+    (Retry(), {"attempts": 2, "on": ("connect", "stale"), "budget_percent": 20, "per_try_timeout_ms": 0}),
+    (
+        CircuitBreaker(),
+        {
+            "max_connections": 0,
+            "max_requests": 0,
+            "pool_max_connections": 0,
+            "pool_max_requests": 0,
+            "max_pending": 1024,
+            "pending_timeout_ms": 5000,
+        },
+    ),
+    (
+        AffinityCookie(),
+        {"path": "/", "secure": True, "http_only": True, "same_site": "lax", "secret_path": None},
     ),
     (
         ListenerTls.model_validate(TLS),
@@ -198,6 +246,15 @@ EVERYTHING = {
             retry={"on": ["5xx", 503]},
             circuit_breaker={},
         ),
+        listener(
+            address="localhost:4",
+            protocol="tcp",
+            load_balancing={"policy": "maglev"},
+            health={"type": "grpc", "host": "a"},
+            retry={},
+            circuit_breaker={"max_requests": 1, "max_pending": 0},
+        ),
+        listener(address="localhost:4", protocol="udp", health={"type": "tcp"}, circuit_breaker={}),
     ],
     "pools": [
         {"name": "p", "backends": [{"address": "b:1", "tls": True, "tls_ca_path": "/ca"}]},
@@ -252,7 +309,9 @@ class TestInheritedValues:
         pools = [{"name": name, "backends": BACKENDS} for name in ("web", "raw")]
         built = config(listener(pool="web"), listener(address="a:1", protocol="tcp", pool="raw"), pools=pools)
         assert [pool.backends[0].protocol for pool in built.pools] == ["h1", "tcp"]
-        assert built.pool_of(built.listeners[0]).backends[0].protocol == "h1"
+        pool = built.pool_of(built.listeners[0])
+        assert pool is not None
+        assert pool.backends[0].protocol == "h1"
 
     def test_the_name_to_verify_is_the_host(self) -> None:
         backends = [{"address": "App.Example:1", "tls": True}, {"address": "b:1"}]
@@ -260,6 +319,14 @@ class TestInheritedValues:
             each.tls_verify_hostname for each in config(listener(backends=backends)).listeners[0].backends
         ]
         assert names == ["app.example", None]
+
+    def test_the_name_to_verify_of_a_service_is_its_domain(self) -> None:
+        backends = [{"address": "_h._tcp.App.Example", "tls": True, "weight": 2}]
+        (backend,) = config(listener(backends=backends)).listeners[0].backends
+        assert backend.address.is_srv
+        assert backend.tls_verify_hostname == "app.example"
+        assert backend.id == "_h._tcp.app.example"
+        assert backend.model_dump()["address"] == "_h._tcp.app.example"
 
     def test_tls13_only_and_min_version_agree(self) -> None:
         assert config(runtime={"tls": {"tls13_only": True}}).runtime.tls.min_version == "1.3"
@@ -270,13 +337,36 @@ class TestPoolOf:
     def test_own_backends_form_a_pool_of_the_listeners_name(self) -> None:
         built = config(listener(name="web", load_balancing={"policy": "weighted_round_robin"}))
         pool = built.pool_of(built.listeners[0])
+        assert pool is not None
         assert (pool.name, pool.load_balancing.policy) == ("web", "weighted_round_robin")
         assert pool.backends == built.listeners[0].backends
 
     def test_a_listener_with_routes_only_has_none(self) -> None:
         built = config(listener(backends=[], routes=[{"respond": {"status": 204}}]))
-        with pytest.raises(LookupError):
-            built.pool_of(built.listeners[0])
+        assert built.pool_of(built.listeners[0]) is None
+        assert list(built.every_pool()) == []
+
+    def test_pools_of_routes_are_in_use(self) -> None:
+        routes = [{"split": [{"pool": "a"}, {"pool": "b", "weight": 0}], "mirror": {"pool": "c"}}]
+        pools = [{"name": name, "backends": BACKENDS} for name in "abcd"]
+        built = config(listener(name="own", routes=routes), pools=pools)
+        assert [pool.name for pool in built.every_pool()] == ["a", "b", "c", "own"]
+        assert [pool.name for _, pool in built.unused_pools()] == ["d"]
+
+
+class TestHashKey:
+    @pytest.mark.parametrize("policy", ["maglev", "ring_hash"])
+    def test_is_the_client_for_policies_that_need_one(self, policy: str) -> None:
+        assert LoadBalancing(policy=policy).hash_key == "client_ip"
+        assert LoadBalancing(policy=policy, hash_key="path").hash_key == "path"
+
+    @pytest.mark.parametrize("policy", ["round_robin", "ewma", "package.module:Class"])
+    def test_is_absent_for_others(self, policy: str) -> None:
+        assert LoadBalancing(policy=policy).hash_key is None
+
+    def test_is_absent_with_a_cookie(self) -> None:
+        built = LoadBalancing.model_validate({"policy": "session_affinity", "cookie": {}})
+        assert built.hash_key is None
 
 
 def test_faults_of_rules_carry_the_precise_key() -> None:
@@ -309,6 +399,28 @@ def test_addresses(text: str, address: Address) -> None:
     assert Address.parse(str(parsed)) == parsed
 
 
+@pytest.mark.parametrize("text", ["_http._tcp.example.com", "_x._udp.a", "_a-b._tcp.web.internal."])
+def test_services_are_addresses_of_backends_only(text: str) -> None:
+    parsed = Address.parse_backend(text)
+    assert parsed == Address(text, 0)
+    assert parsed.is_srv
+    assert Address.parse_backend(str(parsed)) == Address.parse_backend(parsed) == parsed
+    with pytest.raises(BadValueError, match="only the address of a backend"):
+        Address.parse(text)
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:80", "[::1]:443", "_x.example:80", "a._tcp.b:80"])
+def test_other_addresses_of_backends_are_like_all(text: str) -> None:
+    assert Address.parse_backend(text) == Address.parse(text)
+    assert not Address.parse(text).is_srv
+
+
+@pytest.mark.parametrize("text", ["_http._tcp", "_http._tcp.", "_http._tcp.1", "_http._tcp.a:1", "_a._b.c/d"])
+def test_what_is_no_service(text: str) -> None:
+    with pytest.raises(BadValueError):
+        Address.parse_backend(text)
+
+
 @pytest.mark.parametrize(
     ("host", "is_loopback"),
     [
@@ -327,3 +439,23 @@ def test_loopback(host: str, is_loopback: bool) -> None:
 def test_auto_workers_are_the_cores_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(300)))
     assert (Runtime().worker_count, Runtime(workers=3).worker_count) == (256, 3)
+
+
+def test_many_pools_and_routes_are_checked_in_few_walks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A walk over every route for each pool took ten seconds with a thousand of both."""
+    names = [f"p{number}" for number in range(30)]
+    routes = [{"match": {"host": f"{name}.example"}, "pool": name} for name in names]
+    pools = [{"name": name, "backends": BACKENDS} for name in names]
+    made = config(listener(routes=routes, pool="p0"), pools=pools)
+    walks = 0
+    walk = Config._pool_names
+
+    def counted(self: Config) -> Any:
+        nonlocal walks
+        walks += 1
+        return walk(self)
+
+    monkeypatch.setattr(Config, "_pool_names", counted)
+    assert list(made.faults()) == []
+    assert walks < 5
+    assert {name: len(users) for name, users in made.users().items()} == dict.fromkeys(names, 1) | {"p0": 2}

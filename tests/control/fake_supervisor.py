@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from expressgateway.control.supervisor import Options, run
+from expressgateway.control.worker_process import WORKER_COMMAND
 from expressgateway.control.workers import Fleet, Timing
 
 
@@ -18,5 +19,7 @@ if __name__ == "__main__":
     config, *settings = sys.argv[1:]
     timing = Timing(**{name: float(value) for name, value in (one.split("=") for one in settings)})
     python = os.environ.get("FAKE_WORKER_PYTHON", sys.executable)
-    worker = (python, "-P", str(Path(__file__).with_name("fake_worker.py")))
+    worker: tuple[str, ...] = (python, "-P", str(Path(__file__).with_name("fake_worker.py")))
+    if "REAL_WORKERS" in os.environ:
+        worker = WORKER_COMMAND
     sys.exit(run(Path(config), Options(worker_command=worker, timing=timing)))

@@ -16,6 +16,8 @@ import threading
 from pathlib import Path
 from typing import Any, Self
 
+from tests.ports import free_port
+
 PATIENCE_S = 20.0
 """A wait that takes longer has failed."""
 
@@ -39,13 +41,6 @@ drain_timeout_ms = {drain_ms}
 metrics_bind = "127.0.0.1:{admin}"
 {admin_block}
 """
-
-
-def free_port(kind: int = socket.SOCK_STREAM) -> int:
-    with socket.socket(socket.AF_INET, kind) as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 class Gateway:
@@ -116,6 +111,8 @@ class Gateway:
             orphans = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
             self.process.kill()
         self.process.wait(PATIENCE_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # also who took over from it
         for orphan in orphans:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(orphan, signal.SIGKILL)
@@ -177,21 +174,40 @@ class Gateway:
     def connect(self) -> "Client":
         return Client(self.web)
 
+    def connect_to(self, index: int) -> "Client":
+        """To one of the workers: the kernel chooses, so until it chose that one."""
+        pid = self.status()["workers"][index]["pid"]
+        for _ in range(500):
+            client = self.connect()
+            if client.pid == pid:
+                return client
+            client.close()
+        raise AssertionError(f"worker {index} accepts nothing")
+
 
 class Client:
     """A connection to a fake worker, which has said who it is."""
 
     def __init__(self, port: int) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
-        with self.sock.makefile("r") as greeting:
-            pid, uid, version, census, self.tickets = greeting.readline().split()
+        self._lines = self.sock.makefile("r")
+        pid, uid, version, census, self.tickets = self._lines.readline().split()
         self.pid = int(pid)
         self.uid = int(uid)
         self.version = int(version)
         self.census = int(census)
 
+    def ask(self, question: str) -> str:
+        """One of the questions that a fake worker answers."""
+        self.sock.sendall(f"{question}\n".encode())
+        return self._lines.readline().strip()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._lines.close()
         self.sock.close()

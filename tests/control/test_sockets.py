@@ -7,28 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from expressgateway.config.listeners import Listener
 from expressgateway.config.values import Address
 from expressgateway.control import sockets as module
 from expressgateway.control.failures import StartError
-from expressgateway.control.sockets import MAX_BACKLOG, Bound, bind_admin, bind_listeners, listen_backlog
-from tests.control.gateway import free_port
+from expressgateway.control.sockets import MAX_BACKLOG, Bound, Wanted, bind_admin, bind_all, listen_backlog
+from tests.ports import free_port
 
 
-def listener(host: str, port: int, protocol: str = "tcp", name: str = "web") -> Listener:
-    given = Listener.model_validate(
-        {
-            "name": name,
-            "address": "127.0.0.1:1",
-            "protocol": protocol,
-            "backends": [{"address": "127.0.0.1:9"}],
-        }
-    )
-    return given.model_copy(update={"address": Address(host, port)})  # port 0 is for tests only
+def listener(host: str, port: int, protocol: str = "tcp", name: str = "web") -> Wanted:
+    return Wanted(name, protocol, protocol == "udp", Address(host, port))  # port 0 is for tests only
 
 
-def bind(*listeners: Listener, workers: int = 2) -> list[Bound]:
-    return bind_listeners(listeners, workers)
+def mode_a(port: int) -> Wanted:
+    return Wanted("passthrough", "passthrough", True, Address("127.0.0.1", port))
+
+
+def bind(*listeners: Wanted, workers: int = 2) -> list[Bound]:
+    return bind_all(listeners, workers)
 
 
 def closed(bound: list[Bound]) -> None:
@@ -97,7 +92,7 @@ class TestMembers:
     @pytest.mark.parametrize("protocol", ["tcp", "udp"])
     def test_our_own_may_overlap(self, protocol: str) -> None:
         kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
-        port = free_port(kind)
+        port = free_port()
         wide, close = bind(
             listener("0.0.0.0", port, protocol), listener("127.0.0.1", port, protocol, "close"), workers=1
         )
@@ -118,7 +113,7 @@ class TestMembers:
 
 
 class TestFailures:
-    def fails(self, *listeners: Listener) -> str:
+    def fails(self, *listeners: Wanted) -> str:
         descriptors = len(os.listdir("/proc/self/fd"))
         with pytest.raises(StartError) as failure:
             bind(*listeners)
@@ -179,3 +174,11 @@ class TestAdmin:
             port = other.getsockname()[1]
             with pytest.raises(StartError, match=rf"metrics_bind = 127.0.0.1:{port}.* is already in use"):
                 bind_admin(Address("127.0.0.1", port))
+
+
+class TestPassthrough:
+    def test_where_it_cannot_be(self) -> None:
+        (one,) = bind(mode_a(0), workers=1)
+        with pytest.raises(StartError, match=r"passthrough \(bind_addr = .*\) cannot be bound: .* in use"):
+            bind(mode_a(one.address.port), workers=1)
+        one.close()

@@ -21,6 +21,7 @@ from expressgateway.demo.app import Demo, DemoError, run_demo
 from expressgateway.demo.backends import DemoBackends
 from expressgateway.demo.certificate import make_certificate, write_certificate
 from expressgateway.demo.ports import Ports
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +50,7 @@ def stand_in(code: str = STAND_IN) -> tuple[str, ...]:
 
 
 def free_ports() -> Ports:
-    return Ports(0, 0, 0, 0, 0, 0).with_free_ones()[0]
+    return Ports(*(free_port() for _ in range(7)))
 
 
 @pytest.fixture(autouse=True)
@@ -76,12 +77,13 @@ def test_the_configuration_is_one_the_gateway_takes(tmp_path: Path) -> None:
         assert [listener.protocol for listener in loaded.config.listeners] == [
             "h1",
             "h1s",
+            "quic",
             "tcp",
             "tls",
             "udp",
         ]
         ports = [listener.address.port for listener in loaded.config.listeners]
-        assert ports == [8080, 8443, 9000, 9443, 9053]
+        assert ports == [8080, 8443, 8443, 9000, 9443, 9053]
         behind = {
             backend.address.port for listener in loaded.config.listeners for backend in listener.backends
         }

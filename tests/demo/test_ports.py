@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 
 from expressgateway.demo.ports import Ports
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+from tests.ports import free_port
 
 
 def test_the_usual_ones() -> None:
-    assert Ports() == Ports(http=8080, https=8443, tcp=9000, tls=9443, udp=9053, admin=9090)
+    assert Ports() == Ports(http=8080, https=8443, tcp=9000, tls=9443, udp=9053, h3=8443, admin=9090)
 
 
 def test_from_a_base() -> None:
-    assert astuple(Ports.from_base(20_000)) == (20_000, 20_001, 20_002, 20_003, 20_004, 20_005)
+    assert astuple(Ports.from_base(20_000)) == tuple(range(20_000, 20_007))
 
 
-@pytest.mark.parametrize("base", [-1, 0, 65_531, 65_536])
+@pytest.mark.parametrize("base", [-1, 0, 65_530, 65_536])
 def test_from_a_base_that_is_none(base: int) -> None:
-    with pytest.raises(ValueError, match="is not a port with 5 more above it"):
+    with pytest.raises(ValueError, match="is not a port with 6 more above it"):
         Ports.from_base(base)
 
 
@@ -37,12 +31,13 @@ def test_one_in_use_is_replaced_and_said() -> None:
         tcp.listen()
         udp.bind(("127.0.0.1", 0))
         taken = {"tcp": tcp.getsockname()[1], "udp": udp.getsockname()[1]}
-        wanted = Ports(free_port(), free_port(), taken["tcp"], free_port(), taken["udp"], free_port())
+        wanted = replace(Ports(*(free_port() for _ in range(7))), **taken)
         ports, sentences = wanted.with_free_ones()
-    assert (ports.http, ports.https, ports.tls, ports.admin) == (
+    assert (ports.http, ports.https, ports.tls, ports.h3, ports.admin) == (
         wanted.http,
         wanted.https,
         wanted.tls,
+        wanted.h3,
         wanted.admin,
     )
     assert ports.tcp != wanted.tcp
@@ -51,7 +46,7 @@ def test_one_in_use_is_replaced_and_said() -> None:
         f"Port {wanted.tcp} for tcp is in use: taking {ports.tcp} instead.",
         f"Port {wanted.udp} for udp is in use: taking {ports.udp} instead.",
     ]
-    assert len(set(astuple(ports))) == 6
+    assert len(set(astuple(ports))) == 7
 
 
 def test_one_shared_by_another_program_counts_as_in_use() -> None:
@@ -74,7 +69,7 @@ def test_connections_just_closed_are_not_in_the_way() -> None:
 
 
 def test_any_free_ones() -> None:
-    ports, sentences = Ports(0, 0, 0, 0, 0, 0).with_free_ones()
+    ports, sentences = Ports(0, 0, 0, 0, 0, 0, 0).with_free_ones()
     assert 0 not in astuple(ports)
-    assert len(set(astuple(ports))) == 6
+    assert len(set(astuple(ports))) == 7
     assert sentences == []

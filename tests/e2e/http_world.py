@@ -12,7 +12,8 @@ import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.e2e.harness import Backend, BackendConnection, Client, Gateway, certificate, free_port
+from tests.e2e.harness import Backend, BackendConnection, Client, Gateway, certificate
+from tests.ports import free_port
 
 Handler = Callable[[BackendConnection, bytes], None]
 """Gets the connection and the request's head; reads the body itself. Raises ``EOFError`` to close."""

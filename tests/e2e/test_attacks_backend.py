@@ -21,15 +21,16 @@ from tests.e2e.harness import (
     BackendConnection,
     Client,
     Gateway,
+    House,
     Script,
     Steady,
     answer_ok,
     certificate,
     eventually,
-    free_port,
     listener,
     resident_kib,
 )
+from tests.ports import free_port
 
 _RUNTIME = "max_keepalive_requests = 0\n[runtime.watchdog]\nsweep_interval_ms = 100\n"
 _GOOD = b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\n\r\nbackend"
@@ -159,9 +160,9 @@ NO_ANSWERS: list[tuple[str, Act, str, str]] = [
 ]
 
 
-def test_no_usable_answer_is_502(tmp_path: Path) -> None:
+def test_no_usable_answer_is_502(house: House) -> None:
     """Fresh and reused connections alike; the request is not idempotent, so nothing is sent twice."""
-    port = free_port()
+    port = house.port
     acts = {name: act for name, act, _, _ in NO_ANSWERS}
     asked: list[str] = []
 
@@ -170,7 +171,7 @@ def test_no_usable_answer_is_502(tmp_path: Path) -> None:
 
     with (
         Backend(misbehaving(act)) as backend,
-        Gateway(tmp_path, listener(port, backend), runtime=_RUNTIME) as gateway,
+        house.gateway(listener(port, backend), runtime=_RUNTIME) as gateway,
         Steady(port),
     ):
         for name, _, reason, error in NO_ANSWERS:
@@ -188,8 +189,8 @@ def test_no_usable_answer_is_502(tmp_path: Path) -> None:
         eventually(lambda: backend.received.count(b"CUT") == 2, "endless heads were cut off")
 
 
-def test_interim_responses_pass_but_not_without_end(tmp_path: Path) -> None:
-    port = free_port()
+def test_interim_responses_pass_but_not_without_end(house: House) -> None:
+    port = house.port
     hint = b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n"
 
     def act(connection: BackendConnection) -> None:
@@ -197,7 +198,7 @@ def test_interim_responses_pass_but_not_without_end(tmp_path: Path) -> None:
 
     with (
         Backend(misbehaving(act)) as backend,
-        Gateway(tmp_path, listener(port, backend), runtime=_RUNTIME) as gateway,
+        house.gateway(listener(port, backend), runtime=_RUNTIME) as gateway,
         Steady(port),
     ):
         with Client(port) as client:
@@ -235,8 +236,8 @@ CUT: list[tuple[str, Act]] = [
 
 
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"], ids=["to HTTP/1.1", "to HTTP/1.0"])
-def test_an_answer_cut_short_never_looks_complete(tmp_path: Path, version: bytes) -> None:
-    port = free_port()
+def test_an_answer_cut_short_never_looks_complete(house: House, version: bytes) -> None:
+    port = house.port
     acts = dict(CUT)
     asked: list[str] = []
 
@@ -246,7 +247,7 @@ def test_an_answer_cut_short_never_looks_complete(tmp_path: Path, version: bytes
     more = "[listeners.http]\nbody_timeout_ms = 400\n"
     with (
         Backend(misbehaving(act)) as backend,
-        Gateway(tmp_path, listener(port, backend, more), runtime=_RUNTIME) as gateway,
+        house.gateway(listener(port, backend, more), runtime=_RUNTIME) as gateway,
         Steady(port),
     ):
         for name, _ in CUT:
@@ -274,25 +275,25 @@ def _looks_complete(got: bytes) -> bool:
     return end == b"."
 
 
-def test_a_cut_in_a_large_answer_is_no_end(tmp_path: Path) -> None:
+def test_a_cut_in_a_large_answer_is_no_end(house: House) -> None:
     """The gateway has given up megabytes of it already: what is on its way arrives, then a reset or an early
     end; never the last chunk.
     """
-    port = free_port()
+    port = house.port
     piece = b"10000\r\n" + b"x" * 65536 + b"\r\n"
     act = then_reset(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", *[piece] * 40)
-    with Backend(misbehaving(act)) as backend, Gateway(tmp_path, listener(port, backend), runtime=_RUNTIME):
+    with Backend(misbehaving(act)) as backend, house.gateway(listener(port, backend), runtime=_RUNTIME):
         got = _ask(port)
         assert got.startswith(b"HTTP/1.1 200") or b" 502 " in got[:20] or got == b"!"
         assert not got[:-1].endswith(b"\r\n0\r\n\r\n")
 
 
-def test_an_http_1_0_answer_ends_with_its_connection(tmp_path: Path) -> None:
+def test_an_http_1_0_answer_ends_with_its_connection(house: House) -> None:
     """Close-delimited is complete after FIN, and only then."""
-    port = free_port()
+    port = house.port
     with (
         Backend(misbehaving(sends(_CLOSING))) as backend,
-        Gateway(tmp_path, listener(port, backend), runtime=_RUNTIME),
+        house.gateway(listener(port, backend), runtime=_RUNTIME),
     ):
         with Client(port) as client:
             client.send(b"GET /bad HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -300,9 +301,9 @@ def test_an_http_1_0_answer_ends_with_its_connection(tmp_path: Path) -> None:
         assert _looks_complete(_ask(port, b"GET /bad HTTP/1.0\r\n\r\n"))
 
 
-def test_a_tls_backend_that_is_cut_off_does_not_end_its_answer(tmp_path: Path) -> None:
+def test_a_tls_backend_that_is_cut_off_does_not_end_its_answer(tmp_path: Path, house: House) -> None:
     """Close-delimited over TLS: without close_notify anybody could have ended it (RFC 8446 6.1)."""
-    port = free_port()
+    port = house.port
     files = certificate(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files.certificate, files.key)
@@ -325,7 +326,7 @@ def test_a_tls_backend_that_is_cut_off_does_not_end_its_answer(tmp_path: Path) -
         )
         with (
             Backend(misbehaving(act), tls=context) as backend,
-            Gateway(tmp_path, config.replace("{port}", str(backend.port)), runtime=_RUNTIME),
+            house.gateway(config.replace("{port}", str(backend.port)), runtime=_RUNTIME),
         ):
             got = _ask(port, b"GET /bad HTTP/1.0\r\n\r\n")
             assert got.startswith(b"HTTP/1.1 200")
@@ -357,8 +358,8 @@ SLOW: list[tuple[str, Act]] = [
 
 
 @pytest.mark.parametrize("setting", ["head_timeout_ms", "total_timeout_ms"])
-def test_a_head_that_takes_too_long_is_504(tmp_path: Path, setting: str) -> None:
-    port = free_port()
+def test_a_head_that_takes_too_long_is_504(house: House, setting: str) -> None:
+    port = house.port
     acts = dict(SLOW)
     asked: list[str] = []
 
@@ -368,7 +369,7 @@ def test_a_head_that_takes_too_long_is_504(tmp_path: Path, setting: str) -> None
     more = f"[listeners.http]\n{setting} = 300\n"
     with (
         Backend(misbehaving(act)) as backend,
-        Gateway(tmp_path, listener(port, backend, more), runtime=_RUNTIME) as gateway,
+        house.gateway(listener(port, backend, more), runtime=_RUNTIME) as gateway,
         Steady(port),
     ):
         for number, (name, _) in enumerate(SLOW, 1):
@@ -415,8 +416,8 @@ def test_a_backend_that_accepts_and_never_reads(tmp_path: Path) -> None:
 _EVIL = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil"
 
 
-def test_bytes_after_a_complete_answer_reach_nobody(tmp_path: Path) -> None:
-    port = free_port()
+def test_bytes_after_a_complete_answer_reach_nobody(house: House) -> None:
+    port = house.port
 
     def serve(connection: BackendConnection) -> None:
         while True:
@@ -425,7 +426,7 @@ def test_bytes_after_a_complete_answer_reach_nobody(tmp_path: Path) -> None:
 
     with (
         Backend(serve) as backend,
-        Gateway(tmp_path, listener(port, backend), runtime=_RUNTIME) as gateway,
+        house.gateway(listener(port, backend), runtime=_RUNTIME) as gateway,
         Client(port) as client,
     ):
         for number in range(5):
@@ -447,8 +448,8 @@ ENDS = (
 
 
 @pytest.mark.parametrize("more", [_EVIL, b"\r\n", b"x"], ids=["an answer", "a blank line", "a byte"])
-def test_whatever_ends_the_answer(tmp_path: Path, more: bytes) -> None:
-    port = free_port()
+def test_whatever_ends_the_answer(house: House, more: bytes) -> None:
+    port = house.port
     answers: list[bytes] = []
 
     def act(connection: BackendConnection) -> None:
@@ -457,7 +458,7 @@ def test_whatever_ends_the_answer(tmp_path: Path, more: bytes) -> None:
 
     with (
         Backend(misbehaving(act)) as backend,
-        Gateway(tmp_path, listener(port, backend), runtime=_RUNTIME) as gateway,
+        house.gateway(listener(port, backend), runtime=_RUNTIME) as gateway,
         Steady(port),
         Client(port) as client,
     ):
@@ -470,8 +471,8 @@ def test_whatever_ends_the_answer(tmp_path: Path, more: bytes) -> None:
             assert gateway.metric("security_events_total", kind="unsolicited_response") == number
 
 
-def test_a_body_for_head_is_not_an_answer_to_the_next(tmp_path: Path) -> None:
-    port = free_port()
+def test_a_body_for_head_is_not_an_answer_to_the_next(house: House) -> None:
+    port = house.port
 
     def act(connection: BackendConnection) -> None:
         connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(_EVIL) + _EVIL)
@@ -479,7 +480,7 @@ def test_a_body_for_head_is_not_an_answer_to_the_next(tmp_path: Path) -> None:
 
     with (
         Backend(misbehaving(act)) as backend,
-        Gateway(tmp_path, listener(port, backend), runtime=_RUNTIME) as gateway,
+        house.gateway(listener(port, backend), runtime=_RUNTIME) as gateway,
         Client(port) as client,
     ):
         client.send(b"HEAD /bad HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -489,8 +490,8 @@ def test_a_body_for_head_is_not_an_answer_to_the_next(tmp_path: Path) -> None:
         assert gateway.metric("security_events_total", kind="unsolicited_response") == 1
 
 
-def test_bytes_on_an_idle_connection_close_it(tmp_path: Path) -> None:
-    port = free_port()
+def test_bytes_on_an_idle_connection_close_it(house: House) -> None:
+    port = house.port
     poison = threading.Event()
 
     def serve(connection: BackendConnection) -> None:
@@ -503,7 +504,7 @@ def test_bytes_on_an_idle_connection_close_it(tmp_path: Path) -> None:
 
     with (
         Backend(serve) as backend,
-        Gateway(tmp_path, listener(port, backend), runtime=_RUNTIME) as gateway,
+        house.gateway(listener(port, backend), runtime=_RUNTIME) as gateway,
         Client(port) as client,
     ):
         client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")

@@ -12,12 +12,13 @@ from tests.e2e.harness import (
     BackendConnection,
     Client,
     Gateway,
+    House,
     Steady,
     certificate,
     eventually,
-    free_port,
     listener,
 )
+from tests.ports import free_port
 
 _NO_BUDGET = "max_keepalive_requests = 0\n"
 _GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -45,12 +46,12 @@ def _close(clients: list[Client]) -> None:
 # -- connections ---------------------------------------------------------------------------------------------
 
 
-def test_one_address_cannot_have_more_than_its_cap(tmp_path: Path) -> None:
-    port = free_port()
+def test_one_address_cannot_have_more_than_its_cap(house: House) -> None:
+    port = house.port
     runtime = _NO_BUDGET + "per_ip_connection_cap = 5\n"
     with (
         Backend() as backend,
-        Gateway(tmp_path, listener(port, backend), runtime=runtime) as gateway,
+        house.gateway(listener(port, backend), runtime=runtime) as gateway,
         Steady(port, source="127.0.0.9"),
     ):
         clients = [Client(port) for _ in range(5)]
@@ -70,12 +71,12 @@ def test_one_address_cannot_have_more_than_its_cap(tmp_path: Path) -> None:
         _close(clients)
 
 
-def test_the_process_as_a_whole_has_a_cap(tmp_path: Path) -> None:
-    port = free_port()
+def test_the_process_as_a_whole_has_a_cap(house: House) -> None:
+    port = house.port
     runtime = _NO_BUDGET + "max_inflight_connections = 100\nper_ip_connection_cap = 60\n"
     with (
         Backend() as backend,
-        Gateway(tmp_path, listener(port, backend), runtime=runtime) as gateway,
+        house.gateway(listener(port, backend), runtime=runtime) as gateway,
         Steady(port, source="127.0.0.9"),
     ):
         clients = [Client(port, source=f"127.0.0.{2 + number % 3}") for number in range(99)]
@@ -89,13 +90,13 @@ def test_the_process_as_a_whole_has_a_cap(tmp_path: Path) -> None:
             assert _is_served(client)
 
 
-def test_caps_hold_over_all_workers_together(tmp_path: Path) -> None:
+def test_caps_hold_over_all_workers_together(house: House) -> None:
     """With a cap of its own each worker would let twice as many in."""
-    port = free_port()
+    port = house.port
     runtime = _NO_BUDGET + "per_ip_connection_cap = 12\n"
     with (
         Backend() as backend,
-        Gateway(tmp_path, listener(port, backend), workers=2, runtime=runtime) as gateway,
+        house.gateway(listener(port, backend), workers=2, runtime=runtime) as gateway,
     ):
         clients: list[Client] = []
         for _ in range(12):
@@ -108,12 +109,12 @@ def test_caps_hold_over_all_workers_together(tmp_path: Path) -> None:
         _close(clients)
 
 
-def test_the_process_cap_holds_over_all_workers_together(tmp_path: Path) -> None:
-    port = free_port()
+def test_the_process_cap_holds_over_all_workers_together(house: House) -> None:
+    port = house.port
     runtime = _NO_BUDGET + "max_inflight_connections = 100\n"
     with (
         Backend() as backend,
-        Gateway(tmp_path, listener(port, backend), workers=2, runtime=runtime) as gateway,
+        house.gateway(listener(port, backend), workers=2, runtime=runtime) as gateway,
     ):
         clients = [Client(port) for _ in range(99)]
         assert all(_is_served(client) for client in clients)
@@ -126,10 +127,10 @@ def test_the_process_cap_holds_over_all_workers_together(tmp_path: Path) -> None
         _close([*clients, last])
 
 
-def test_trusted_proxies_have_no_cap_of_their_own(tmp_path: Path) -> None:
-    port = free_port()
+def test_trusted_proxies_have_no_cap_of_their_own(house: House) -> None:
+    port = house.port
     runtime = _NO_BUDGET + "per_ip_connection_cap = 3\ntrusted_proxies = ['127.0.0.5/32']\n"
-    with Backend() as backend, Gateway(tmp_path, listener(port, backend), runtime=runtime):
+    with Backend() as backend, house.gateway(listener(port, backend), runtime=runtime):
         trusted = [Client(port, source="127.0.0.5") for _ in range(10)]
         assert all(_is_served(client) for client in trusted)
         others = [Client(port, source="127.0.0.6") for _ in range(3)]
@@ -266,13 +267,13 @@ class _Recorder:
 
 
 @pytest.mark.parametrize("is_chunked", [False, True], ids=["declared", "counted"])
-def test_bodies_have_a_size(tmp_path: Path, is_chunked: bool) -> None:
+def test_bodies_have_a_size(house: House, is_chunked: bool) -> None:
     """The answer reaches a client that goes on sending without looking; no backend sees the request whole."""
-    port = free_port()
+    port = house.port
     recorder = _Recorder()
     with (
         Backend(recorder.serve) as backend,
-        Gateway(tmp_path, listener(port, backend, _CAPPED), runtime=_NO_BUDGET) as gateway,
+        house.gateway(listener(port, backend, _CAPPED), runtime=_NO_BUDGET) as gateway,
         Steady(port),
     ):
         for number, size in enumerate((1001, 700_000, 20_000_000), 1):
@@ -297,9 +298,9 @@ def test_bodies_have_a_size(tmp_path: Path, is_chunked: bool) -> None:
                 assert not recorder.received, "declared: refused before anything was forwarded"
 
 
-def test_a_body_just_as_large_as_allowed(tmp_path: Path) -> None:
-    port = free_port()
-    with Backend() as backend, Gateway(tmp_path, listener(port, backend, _CAPPED)), Client(port) as client:
+def test_a_body_just_as_large_as_allowed(house: House) -> None:
+    port = house.port
+    with Backend() as backend, house.gateway(listener(port, backend, _CAPPED)), Client(port) as client:
         client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n" + b"x" * 1000)
         assert client.response()[0] == 200
         client.send(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n" + b"x" * 1000)
@@ -333,11 +334,11 @@ def test_running_out_of_descriptors_pauses_the_listener_and_no_more(tmp_path: Pa
         _close(clients)
 
 
-def test_a_client_that_sends_nothing_is_closed_when_idle(tmp_path: Path) -> None:
-    port = free_port()
+def test_a_client_that_sends_nothing_is_closed_when_idle(house: House) -> None:
+    port = house.port
     more = "[listeners.http]\nidle_timeout_ms = 300\n"
     runtime = "[runtime.watchdog]\nsweep_interval_ms = 100\n"
-    with Backend() as backend, Gateway(tmp_path, listener(port, backend, more), runtime=runtime) as gateway:
+    with Backend() as backend, house.gateway(listener(port, backend, more), runtime=runtime) as gateway:
         with Client(port) as silent, Client(port) as kept_alive:
             assert _is_served(kept_alive)
             assert silent.is_closed()
@@ -345,11 +346,11 @@ def test_a_client_that_sends_nothing_is_closed_when_idle(tmp_path: Path) -> None
         assert gateway.metric("http_gateway_errors_total") == 0, "that is no attack"
 
 
-def test_the_last_request_of_the_budget_says_close(tmp_path: Path) -> None:
-    port = free_port()
+def test_the_last_request_of_the_budget_says_close(house: House) -> None:
+    port = house.port
     with (
         Backend() as backend,
-        Gateway(tmp_path, listener(port, backend), runtime="max_keepalive_requests = 3\n"),
+        house.gateway(listener(port, backend), runtime="max_keepalive_requests = 3\n"),
         Client(port) as client,
     ):
         for number in range(3):

@@ -13,12 +13,13 @@ from tests.e2e.harness import (
     BackendConnection,
     Client,
     Gateway,
+    House,
     Script,
     certificate,
     eventually,
-    free_port,
     listener,
 )
+from tests.ports import free_port
 
 _SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
 _GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -58,11 +59,11 @@ HEADERS = (
 )
 
 
-def test_a_trusted_neighbour_says_who_the_client_is(tmp_path: Path) -> None:
-    port = free_port()
+def test_a_trusted_neighbour_says_who_the_client_is(house: House) -> None:
+    port = house.port
     with (
         Backend() as backend,
-        Gateway(tmp_path, listener(port, backend, "proxy_protocol = true"), runtime=_TRUSTED),
+        house.gateway(listener(port, backend, "proxy_protocol = true"), runtime=_TRUSTED),
     ):
         for header, shown in HEADERS:
             with Client(port) as client:  # in one piece with the request
@@ -77,12 +78,12 @@ def test_a_trusted_neighbour_says_who_the_client_is(tmp_path: Path) -> None:
             assert seen == [shown] * 2, header
 
 
-def test_what_a_client_says_of_itself_behind_a_proxy_is_not_believed(tmp_path: Path) -> None:
+def test_what_a_client_says_of_itself_behind_a_proxy_is_not_believed(house: House) -> None:
     """The neighbour is trusted, the client it speaks for is not."""
-    port = free_port()
+    port = house.port
     with (
         Backend() as backend,
-        Gateway(tmp_path, listener(port, backend, "proxy_protocol = true"), runtime=_TRUSTED),
+        house.gateway(listener(port, backend, "proxy_protocol = true"), runtime=_TRUSTED),
         Client(port) as client,
     ):
         client.send(V1 + b"GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 10.0.0.1\r\n\r\n")
@@ -127,11 +128,11 @@ GARBAGE: list[tuple[str, bytes]] = [
 ]
 
 
-def test_garbage_is_closed_without_a_word(tmp_path: Path) -> None:
-    port = free_port()
+def test_garbage_is_closed_without_a_word(house: House) -> None:
+    port = house.port
     with (
         Backend() as backend,
-        Gateway(tmp_path, listener(port, backend, "proxy_protocol = true"), runtime=_TRUSTED) as gateway,
+        house.gateway(listener(port, backend, "proxy_protocol = true"), runtime=_TRUSTED) as gateway,
     ):
         for number, (name, garbage) in enumerate(GARBAGE, 1):
             with Client(port) as client:
@@ -147,12 +148,12 @@ def test_garbage_is_closed_without_a_word(tmp_path: Path) -> None:
             assert client.response()[0] == 200
 
 
-def test_a_header_that_does_not_come_is_not_waited_for(tmp_path: Path) -> None:
-    port = free_port()
+def test_a_header_that_does_not_come_is_not_waited_for(house: House) -> None:
+    port = house.port
     parts = (b"", b"PROXY TCP4 192.0", v2()[:20])
     with (
         Backend() as backend,
-        Gateway(tmp_path, listener(port, backend, "proxy_protocol = true"), runtime=_TRUSTED) as gateway,
+        house.gateway(listener(port, backend, "proxy_protocol = true"), runtime=_TRUSTED) as gateway,
     ):
         began = time.monotonic()
         clients = [Client(port) for _ in parts]
@@ -166,13 +167,13 @@ def test_a_header_that_does_not_come_is_not_waited_for(tmp_path: Path) -> None:
         assert gateway.metric("connections_inflight", listener="web") == 0
 
 
-def test_half_a_header_and_fin_is_over_at_once(tmp_path: Path) -> None:
+def test_half_a_header_and_fin_is_over_at_once(house: House) -> None:
     """Not a byte more can come: waiting for the timeout would also spin on the hang-up."""
-    port = free_port()
+    port = house.port
     runtime = _TRUSTED.replace("400", "8000")
     with (
         Backend() as backend,
-        Gateway(tmp_path, listener(port, backend, "proxy_protocol = true"), runtime=runtime) as gateway,
+        house.gateway(listener(port, backend, "proxy_protocol = true"), runtime=runtime) as gateway,
     ):
         for header in (b"", b"P", V1[:20], v2()[:20]):
             with Client(port) as client:
@@ -183,12 +184,12 @@ def test_half_a_header_and_fin_is_over_at_once(tmp_path: Path) -> None:
         assert gateway.metric("accept_reject_total", reason="proxy_header_missing") == 4
 
 
-def test_caps_count_the_address_that_the_header_names(tmp_path: Path) -> None:
-    port = free_port()
+def test_caps_count_the_address_that_the_header_names(house: House) -> None:
+    port = house.port
     runtime = "per_ip_connection_cap = 2\n" + _TRUSTED
     with (
         Backend() as backend,
-        Gateway(tmp_path, listener(port, backend, "proxy_protocol = true"), runtime=runtime) as gateway,
+        house.gateway(listener(port, backend, "proxy_protocol = true"), runtime=runtime) as gateway,
     ):
         clients = [Client(port) for _ in range(4)]
         for client, source in zip(clients, ("192.0.2.7", "192.0.2.7", "192.0.2.7", "192.0.2.8"), strict=True):
@@ -203,15 +204,15 @@ def test_caps_count_the_address_that_the_header_names(tmp_path: Path) -> None:
             assert client.response()[0] == 200
 
 
-def test_before_tls(tmp_path: Path) -> None:
+def test_before_tls(tmp_path: Path, house: House) -> None:
     """The header is in the clear, the handshake right behind it."""
-    port = free_port()
+    port = house.port
     files = certificate(tmp_path)
     more = f"proxy_protocol = true\ntls = {{ cert_path = '{files.certificate}', key_path = '{files.key}' }}"
     context = ssl.create_default_context(cafile=str(files.certificate))
     with (
         Backend() as backend,
-        Gateway(tmp_path, listener(port, backend, more, protocol="h1s"), runtime=_TRUSTED),
+        house.gateway(listener(port, backend, more, protocol="h1s"), runtime=_TRUSTED),
         Client(port) as client,
     ):
         client.send(V1)
@@ -227,8 +228,9 @@ def test_before_tls(tmp_path: Path) -> None:
 
 def _introduced(seen: list[bytes]) -> Script:
     def serve(connection: BackendConnection) -> None:
-        while data := connection.sock.recv(65536):
-            seen.append(data)
+        while True:  # a header may come by itself: only a request is answered
+            head = connection.until(b"GET / ")
+            seen.append(head + connection.until(b"\r\n\r\n"))
             connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
 
     return serve
@@ -270,12 +272,12 @@ def _check_introductions(port: int, version: str, seen: list[bytes]) -> None:
         assert introduction + b"GET / " in b"".join(seen)
 
 
-def test_the_address_of_a_header_is_passed_on(tmp_path: Path) -> None:
-    port = free_port()
+def test_the_address_of_a_header_is_passed_on(house: House) -> None:
+    port = house.port
     seen: list[bytes] = []
     with Backend(_introduced(seen)) as backend:
         config = listener(port, backend, "proxy_protocol = true").replace("' }", "', send_proxy = 'v1' }")
-        with Gateway(tmp_path, config, runtime=_TRUSTED), Client(port) as client:
+        with house.gateway(config, runtime=_TRUSTED), Client(port) as client:
             client.send(V1 + _GET)
             assert client.response()[0] == 200
     assert b"".join(seen).startswith(V1)

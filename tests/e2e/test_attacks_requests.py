@@ -6,16 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import (
-    Backend,
-    BackendConnection,
-    Client,
-    Gateway,
-    Steady,
-    eventually,
-    free_port,
-    listener,
-)
+from tests.e2e.harness import Backend, BackendConnection, Client, Gateway, House, Steady, eventually, listener
+from tests.ports import free_port
 
 _OK = b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\n\r\nbackend"
 
@@ -158,8 +150,8 @@ FORBIDDEN_TRAILERS = (
 )
 
 
-def test_a_forbidden_trailer_ends_the_request_unfinished(tmp_path: Path) -> None:
-    port = free_port()
+def test_a_forbidden_trailer_ends_the_request_unfinished(house: House) -> None:
+    port = house.port
     received: list[bytearray] = []
 
     def serve(connection: BackendConnection) -> None:
@@ -168,7 +160,7 @@ def test_a_forbidden_trailer_ends_the_request_unfinished(tmp_path: Path) -> None
             while data := connection.sock.recv(65536):
                 received[connection.number - 1].extend(data)
 
-    with Backend(serve) as backend, Gateway(tmp_path, listener(port, backend)) as gateway:
+    with Backend(serve) as backend, house.gateway(listener(port, backend)) as gateway:
         for number, field in enumerate(FORBIDDEN_TRAILERS, 1):
             with Client(port) as client:
                 client.send(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
@@ -181,8 +173,8 @@ def test_a_forbidden_trailer_ends_the_request_unfinished(tmp_path: Path) -> None
             received[-1].clear()
 
 
-def test_other_trailers_pass(world: tuple[int, Gateway, Backend], tmp_path: Path) -> None:
-    port = free_port()
+def test_other_trailers_pass(world: tuple[int, Gateway, Backend], house: House) -> None:
+    port = house.port
     seen: list[bytes] = []
 
     def serve(connection: BackendConnection) -> None:
@@ -190,7 +182,7 @@ def test_other_trailers_pass(world: tuple[int, Gateway, Backend], tmp_path: Path
         connection.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n")
         connection.send(b"2\r\nok\r\n0\r\nx-sum: 2\r\n\r\n")
 
-    with Backend(serve) as backend, Gateway(tmp_path, listener(port, backend)), Client(port) as client:
+    with Backend(serve) as backend, house.gateway(listener(port, backend)), Client(port) as client:
         client.send(
             b"POST / HTTP/1.1\r\nHost: a\r\nTE: trailers\r\nConnection: TE\r\nTransfer-Encoding: chunked\r\n"
         )
@@ -247,9 +239,9 @@ def test_no_upgrade_but_websocket_is_forwarded(tmp_path: Path) -> None:
 # -- Expect --------------------------------------------------------------------------------------------------
 
 
-def test_expect_is_the_backends_to_answer(tmp_path: Path) -> None:
+def test_expect_is_the_backends_to_answer(house: House) -> None:
     """End to end: no 100 of our own, no body before the backend asked for it."""
-    port = free_port()
+    port = house.port
     seen: list[bytes] = []
 
     def serve(connection: BackendConnection) -> None:
@@ -261,7 +253,7 @@ def test_expect_is_the_backends_to_answer(tmp_path: Path) -> None:
         seen.append(connection.until(b"\r\n\r\n"))
         connection.send(b"HTTP/1.1 417 Expectation Failed\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
 
-    with Backend(serve) as backend, Gateway(tmp_path, listener(port, backend)):
+    with Backend(serve) as backend, house.gateway(listener(port, backend)):
         head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n"
         with Client(port) as client:
             client.send(head)
@@ -277,22 +269,22 @@ def test_expect_is_the_backends_to_answer(tmp_path: Path) -> None:
     assert seen[1] == b"hello"
 
 
-def test_no_interim_answer_for_http_1_0(tmp_path: Path) -> None:
-    port = free_port()
+def test_no_interim_answer_for_http_1_0(house: House) -> None:
+    port = house.port
 
     def serve(connection: BackendConnection) -> None:
         connection.request()
         connection.send(b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n" + _OK)
 
-    with Backend(serve) as backend, Gateway(tmp_path, listener(port, backend)), Client(port) as client:
+    with Backend(serve) as backend, house.gateway(listener(port, backend)), Client(port) as client:
         client.send(b"GET / HTTP/1.0\r\n\r\n")
         assert client.response()[0] == 200
 
 
-def test_an_expectation_over_the_cap_is_refused_before_the_body(tmp_path: Path) -> None:
-    port = free_port()
+def test_an_expectation_over_the_cap_is_refused_before_the_body(house: House) -> None:
+    port = house.port
     more = "[listeners.http]\nmax_request_body_bytes = 10\n"
-    with Backend() as backend, Gateway(tmp_path, listener(port, backend, more)), Client(port) as client:
+    with Backend() as backend, house.gateway(listener(port, backend, more)), Client(port) as client:
         client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 11\r\nExpect: 100-continue\r\n\r\n")
         status, headers, _ = client.response()
         assert (status, headers["connection"]) == (413, "close")

@@ -17,13 +17,14 @@ from tests.e2e.harness import (
     BackendConnection,
     Client,
     Gateway,
+    House,
     Steady,
     answer_ok,
     eventually,
-    free_port,
     listener,
     resident_kib,
 )
+from tests.ports import free_port
 
 _RUNTIME = (
     "max_keepalive_requests = 0\n[runtime.watchdog]\nsweep_interval_ms = 100\nheader_deadline_ms = 400\n"
@@ -71,11 +72,11 @@ class Uploads:
 # -- slow heads ----------------------------------------------------------------------------------------------
 
 
-def test_a_head_that_trickles_is_answered_408(tmp_path: Path) -> None:
-    port = free_port()
+def test_a_head_that_trickles_is_answered_408(house: House) -> None:
+    port = house.port
     with (
         Backend() as backend,
-        Gateway(tmp_path, listener(port, backend), runtime=_RUNTIME) as gateway,
+        house.gateway(listener(port, backend), runtime=_RUNTIME) as gateway,
         Steady(port),
     ):
         with Client(port) as client:
@@ -92,10 +93,10 @@ def test_a_head_that_trickles_is_answered_408(tmp_path: Path) -> None:
         assert all(b"GET /good" in data for data in backend.received)
 
 
-def test_the_deadline_counts_from_the_first_byte_of_each_head(tmp_path: Path) -> None:
+def test_the_deadline_counts_from_the_first_byte_of_each_head(house: House) -> None:
     """An idle keep-alive connection is not slow; a second head that trickles is."""
-    port = free_port()
-    with Backend() as backend, Gateway(tmp_path, listener(port, backend), runtime=_RUNTIME) as gateway:
+    port = house.port
+    with Backend() as backend, house.gateway(listener(port, backend), runtime=_RUNTIME) as gateway:
         with Client(port) as client, Client(port) as idle:
             for _ in range(2):
                 client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -141,16 +142,16 @@ def test_many_slow_connections_beside_a_good_client(tmp_path: Path) -> None:
 # -- slow bodies ---------------------------------------------------------------------------------------------
 
 
-def test_a_body_that_trickles_is_answered_408_and_never_completes(tmp_path: Path) -> None:
+def test_a_body_that_trickles_is_answered_408_and_never_completes(house: House) -> None:
     for head, part, end in (
         (b"Content-Length: 1000", b"x", None),
         (b"Transfer-Encoding: chunked", b"1\r\nx\r\n", b"0\r\n\r\n"),
     ):
-        port = free_port()
+        port = house.port
         uploads = Uploads()
         with (
             Backend(uploads.serve) as backend,
-            Gateway(tmp_path, listener(port, backend), runtime=_RUNTIME) as gateway,
+            house.gateway(listener(port, backend), runtime=_RUNTIME) as gateway,
             Steady(port),
         ):
             with Client(port) as client:
@@ -167,14 +168,14 @@ def test_a_body_that_trickles_is_answered_408_and_never_completes(tmp_path: Path
         assert end is None or not body.endswith(end)
 
 
-def test_a_body_that_stops_is_answered_408_and_never_completes(tmp_path: Path) -> None:
-    port = free_port()
+def test_a_body_that_stops_is_answered_408_and_never_completes(house: House) -> None:
+    port = house.port
     uploads = Uploads()
     runtime = _RUNTIME + "body_progress_min_bps = 0\n"
     more = "[listeners.http]\nbody_timeout_ms = 400\n"
     with (
         Backend(uploads.serve) as backend,
-        Gateway(tmp_path, listener(port, backend, more), runtime=runtime) as gateway,
+        house.gateway(listener(port, backend, more), runtime=runtime) as gateway,
         Steady(port),
     ):
         with Client(port) as client:
@@ -188,11 +189,11 @@ def test_a_body_that_stops_is_answered_408_and_never_completes(tmp_path: Path) -
     assert uploads.errors == ["ConnectionResetError"], "cut, not ended in order"
 
 
-def test_an_upload_that_is_fast_enough_is_left_alone(tmp_path: Path) -> None:
-    port = free_port()
+def test_an_upload_that_is_fast_enough_is_left_alone(house: House) -> None:
+    port = house.port
     with (
         Backend() as backend,
-        Gateway(tmp_path, listener(port, backend), runtime=_RUNTIME),
+        house.gateway(listener(port, backend), runtime=_RUNTIME),
         Client(port) as client,
     ):
         client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2000\r\n\r\n")
@@ -304,8 +305,8 @@ def test_a_client_that_only_asks_is_held_back_and_then_reset(tmp_path: Path) -> 
         eventually(lambda: gateway.metric("connections_inflight", listener="web") == 1, "it is gone")
 
 
-def test_a_reader_that_is_slow_but_moves_gets_everything(tmp_path: Path) -> None:
-    port = free_port()
+def test_a_reader_that_is_slow_but_moves_gets_everything(house: House) -> None:
+    port = house.port
     size = 3_000_000
 
     def serve(connection: BackendConnection) -> None:
@@ -314,7 +315,7 @@ def test_a_reader_that_is_slow_but_moves_gets_everything(tmp_path: Path) -> None
         answer_ok(connection)
 
     more = "[listeners.http]\nbody_timeout_ms = 500\n"
-    with Backend(serve) as backend, Gateway(tmp_path, listener(port, backend, more), runtime=_RUNTIME):
+    with Backend(serve) as backend, house.gateway(listener(port, backend, more), runtime=_RUNTIME):
         client = Client(port)
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         with client:

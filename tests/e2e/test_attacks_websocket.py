@@ -2,19 +2,9 @@
 
 import os
 import struct
-from pathlib import Path
 
 from expressgateway.wire.ws import accept_value
-from tests.e2e.harness import (
-    Backend,
-    BackendConnection,
-    Client,
-    Gateway,
-    Steady,
-    eventually,
-    free_port,
-    listener,
-)
+from tests.e2e.harness import Backend, BackendConnection, Client, House, Steady, eventually, listener
 
 _KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
 _HANDSHAKE = (
@@ -54,6 +44,8 @@ class Sessions:
 
     def __init__(self) -> None:
         self.received: list[bytearray] = []
+        self.over = 0
+        """Sessions whose bytes have all been received."""
         self.says = b""
         """Sent right after the handshake."""
 
@@ -71,6 +63,7 @@ class Sessions:
             self.received.append(received)
             while data := connection.sock.recv(65536):
                 received += data
+            self.over += 1
             return
 
 
@@ -128,15 +121,15 @@ ABUSE: list[tuple[str, bytes, int, str]] = [
 ]
 
 
-def test_abuse_ends_the_session_with_its_code(tmp_path: Path) -> None:
+def test_abuse_ends_the_session_with_its_code(house: House) -> None:
     """Both sides are told; the backend gets whole frames and the Close, never the frame that did it."""
-    port = free_port()
+    port = house.port
     sessions = Sessions()
     limits = _LIMITS.format(idle=60, frame=60)
     hello = frame(TEXT, b"hello")
     with (
         Backend(sessions.serve) as backend,
-        Gateway(tmp_path, listener(port, backend, limits), runtime=_RUNTIME) as gateway,
+        house.gateway(listener(port, backend, limits), runtime=_RUNTIME) as gateway,
         Steady(port),
     ):
         for name, abuse, code, kind in ABUSE:
@@ -149,10 +142,47 @@ def test_abuse_ends_the_session_with_its_code(tmp_path: Path) -> None:
                 assert close_code(client.rest()) == code, name
             assert gateway.metric("security_events_total", listener="web", kind=kind) == before + 1, name
             assert gateway.metric("websocket_closed_total", code=str(code)) == closed + 1, name
+            eventually(lambda: sessions.over == len(sessions.received), "the backend has been told")
             received = bytes(sessions.received[-1])
             assert received.startswith(hello)
             assert unmasked_close_code(_last_frame(received)) == code, name
         eventually(lambda: gateway.metric("websocket_sessions_open") == 0, "all sessions are over")
+
+
+HELLO, ANSWER = frame(TEXT, b"hello"), frame(TEXT, b"hello yourself", mask=False)
+
+
+def answer_late(connection: BackendConnection) -> None:
+    """What a backend says after the gateway has told it that its client broke the protocol."""
+    assert connection.exactly(len(HELLO)) == HELLO
+    assert connection.exactly(1) == bytes((CLOSE,))
+    connection.send(ANSWER + frame(CLOSE, struct.pack("!H", 1000), mask=False))
+    connection.rest()
+
+
+def test_the_answers_to_what_came_before_come_before_the_code(house: House) -> None:
+    port = house.port
+
+    def serve(connection: BackendConnection) -> None:
+        connection.request()
+        connection.send(
+            b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+            b"sec-websocket-accept: " + accept_value(_KEY) + b"\r\n\r\n"
+        )
+        answer_late(connection)
+
+    limits = _LIMITS.format(idle=60, frame=60)
+    with (
+        Backend(serve) as backend,
+        house.gateway(listener(port, backend, limits), runtime=_RUNTIME) as gateway,
+    ):
+        with opened(port) as client:
+            client.send(HELLO + frame(0x83, b"x"))
+            said = client.rest()
+        assert said.startswith(ANSWER)
+        assert close_code(said[len(ANSWER) :]) == 1002
+        assert gateway.metric("websocket_closed_total", code="1002") == 1
+        eventually(lambda: gateway.metric("websocket_sessions_open") == 0, "the session is over")
 
 
 def _last_frame(stream: bytes) -> bytes:
@@ -169,11 +199,11 @@ def _last_frame(stream: bytes) -> bytes:
     return stream[last:]
 
 
-def test_pings_under_the_rate_pass(tmp_path: Path) -> None:
-    port = free_port()
+def test_pings_under_the_rate_pass(house: House) -> None:
+    port = house.port
     sessions = Sessions()
     limits = _LIMITS.format(idle=60, frame=60)
-    with Backend(sessions.serve) as backend, Gateway(tmp_path, listener(port, backend, limits)):
+    with Backend(sessions.serve) as backend, house.gateway(listener(port, backend, limits)):
         pings = b"".join(frame(PING, b"%d" % number) for number in range(10))
         largest = frame(TEXT, b"x" * 1000)
         with opened(port) as client:
@@ -181,16 +211,16 @@ def test_pings_under_the_rate_pass(tmp_path: Path) -> None:
             eventually(lambda: sessions.received[-1:] == [pings + largest], "they arrived", 5)
 
 
-def test_half_a_frame_ends_the_session(tmp_path: Path) -> None:
+def test_half_a_frame_ends_the_session(house: House) -> None:
     """Cut in its header, its length, its mask, its payload."""
-    port = free_port()
+    port = house.port
     sessions = Sessions()
     limits = _LIMITS.format(idle=60, frame=1)
     whole = frame(TEXT, b"x" * 500)
     cuts = (1, 3, 7, 20)
     with (
         Backend(sessions.serve) as backend,
-        Gateway(tmp_path, listener(port, backend, limits), runtime=_RUNTIME) as gateway,
+        house.gateway(listener(port, backend, limits), runtime=_RUNTIME) as gateway,
         Steady(port),
     ):
         clients = [opened(port) for _ in cuts]
@@ -205,14 +235,14 @@ def test_half_a_frame_ends_the_session(tmp_path: Path) -> None:
     assert received == [whole[:cut] for cut in cuts], "in mid-frame there is no place for a Close frame"
 
 
-def test_a_backend_that_stops_in_a_frame(tmp_path: Path) -> None:
-    port = free_port()
+def test_a_backend_that_stops_in_a_frame(house: House) -> None:
+    port = house.port
     sessions = Sessions()
     sessions.says = frame(TEXT, b"x" * 50, mask=False)[:10]
     limits = _LIMITS.format(idle=60, frame=1)
     with (
         Backend(sessions.serve) as backend,
-        Gateway(tmp_path, listener(port, backend, limits), runtime=_RUNTIME) as gateway,
+        house.gateway(listener(port, backend, limits), runtime=_RUNTIME) as gateway,
         Steady(port),
     ):
         with opened(port) as client:
@@ -222,13 +252,13 @@ def test_a_backend_that_stops_in_a_frame(tmp_path: Path) -> None:
     assert unmasked_close_code(bytes(sessions.received[-1])) == 1008
 
 
-def test_silence_ends_the_session(tmp_path: Path) -> None:
-    port = free_port()
+def test_silence_ends_the_session(house: House) -> None:
+    port = house.port
     sessions = Sessions()
     limits = _LIMITS.format(idle=1, frame=60)
     with (
         Backend(sessions.serve) as backend,
-        Gateway(tmp_path, listener(port, backend, limits), runtime=_RUNTIME) as gateway,
+        house.gateway(listener(port, backend, limits), runtime=_RUNTIME) as gateway,
         Steady(port),
     ):
         with opened(port) as client:
@@ -238,9 +268,9 @@ def test_silence_ends_the_session(tmp_path: Path) -> None:
     assert unmasked_close_code(bytes(sessions.received[-1])) == 1001
 
 
-def test_nothing_switches_before_the_backend_has(tmp_path: Path) -> None:
+def test_nothing_switches_before_the_backend_has(house: House) -> None:
     """A request right behind a handshake that is declined is a request, not the tunnel's bytes."""
-    port = free_port()
+    port = house.port
 
     def serve(connection: BackendConnection) -> None:
         while True:
@@ -249,7 +279,7 @@ def test_nothing_switches_before_the_backend_has(tmp_path: Path) -> None:
             connection.send(b"HTTP/1.1 426 Upgrade Required\r\ncontent-length: 0\r\n\r\n")
 
     limits = _LIMITS.format(idle=60, frame=60)
-    with Backend(serve) as backend, Gateway(tmp_path, listener(port, backend, limits)):
+    with Backend(serve) as backend, house.gateway(listener(port, backend, limits)):
         with Client(port) as client:
             client.send(_HANDSHAKE)
             assert client.response()[0] == 426

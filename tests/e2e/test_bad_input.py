@@ -26,9 +26,9 @@ from tests.e2e.harness import (
     certificate,
     descriptors,
     eventually,
-    free_port,
     listener,
 )
+from tests.ports import free_port
 
 _RUNTIME = """max_keepalive_requests = 0
 handshake_timeout_ms = 1000

@@ -34,7 +34,7 @@ async def shell(command: str) -> str:
 
 def test_every_printed_command_shows_what_it_promises() -> None:
     async def main() -> None:
-        ports = Ports(0, 0, 0, 0, 0, 0).with_free_ones()[0]
+        ports = Ports(0, 0, 0, 0, 0, 0, 0).with_free_ones()[0]
         async with Demo(ports) as demo:
             for title, command, shows in demo.commands:
                 output = await shell(command)
@@ -47,7 +47,7 @@ def test_every_printed_command_shows_what_it_promises() -> None:
 
 
 def test_it_prints_them_and_ends_cleanly_on_ctrl_c() -> None:
-    ports = Ports(0, 0, 0, 0, 0, 0).with_free_ones()[0]
+    ports = Ports(0, 0, 0, 0, 0, 0, 0).with_free_ones()[0]
     code = f"import sys; from expressgateway.demo.app import run_demo; sys.exit(run_demo({ports.http}))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

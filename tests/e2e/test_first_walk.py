@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from tests.e2e.harness import Backend, Client, Gateway, free_port
+from tests.e2e.harness import Backend, Client, Gateway
+from tests.ports import free_port
 
 
 def test_a_request_and_its_answer(tmp_path: Path) -> None:

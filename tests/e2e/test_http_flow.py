@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import Backend, BackendConnection, Client, Gateway, eventually, free_port
+from tests.e2e.harness import Backend, BackendConnection, Client, Gateway, eventually
 from tests.e2e.http_world import (
     World,
     answer,
@@ -22,6 +22,7 @@ from tests.e2e.http_world import (
     rss_bytes,
     send_until_stuck,
 )
+from tests.ports import free_port
 
 BIG = 300_000_000
 """Bytes that no buffer on the way could hold."""

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import Backend, BackendConnection, Client, Gateway, certificate, eventually, free_port
+from tests.e2e.harness import Backend, BackendConnection, Client, Gateway, House, certificate, eventually
 from tests.e2e.http_world import client_context, rss_bytes, send_until_stuck
+from tests.ports import free_port
 
 BULK = 50_000_000
 CHUNK = 100_000
@@ -294,9 +295,9 @@ def exchange_bulk(sock: socket.socket) -> str:
 
 
 class TestBackends:
-    def test_one_that_refuses_is_replaced_by_another(self, tmp_path: Path) -> None:
-        port, dead = free_port(), f"127.0.0.1:{free_port()}"
-        with Backend(echo) as backend, Gateway(tmp_path, listener(port, dead, backend.address)) as gateway:
+    def test_one_that_refuses_is_replaced_by_another(self, house: House) -> None:
+        port, dead = house.port, f"127.0.0.1:{free_port()}"
+        with Backend(echo) as backend, house.gateway(listener(port, dead, backend.address)) as gateway:
             for _ in range(10):
                 with Client(port) as client:
                     client.send(b"hello")
@@ -304,15 +305,15 @@ class TestBackends:
             assert gateway.metric("backend_connect_failures_total", backend=dead) >= 5
             assert gateway.metric("relay_errors_total") == 0
 
-    def test_all_down(self, tmp_path: Path) -> None:
-        port, dead = free_port(), [f"127.0.0.1:{free_port()}" for _ in range(2)]
-        with Gateway(tmp_path, listener(port, *dead)) as gateway:
+    def test_all_down(self, house: House) -> None:
+        port, dead = house.port, [f"127.0.0.1:{free_port()}" for _ in range(2)]
+        with house.gateway(listener(port, *dead)) as gateway:
             with contextlib.suppress(ConnectionResetError), Client(port) as client:
                 assert client.is_closed()
             gateway.wait_metric("relay_errors_total", 1, listener="relay", reason="connect_refused")
 
-    def test_shares(self, tmp_path: Path) -> None:
-        port = free_port()
+    def test_shares(self, house: House) -> None:
+        port = house.port
 
         def name(connection: BackendConnection) -> None:
             connection.send(connection.backend.name.encode())
@@ -320,7 +321,7 @@ class TestBackends:
         with Backend(name, "a") as a, Backend(name, "b") as b:
             tables = [f'address = "{a.address}", weight = 3', f'address = "{b.address}"']
             keys = 'load_balancing = { policy = "weighted_round_robin" }'
-            with Gateway(tmp_path, listener(port, *tables, keys=keys)):
+            with house.gateway(listener(port, *tables, keys=keys)):
                 counts: Counter[bytes] = Counter()
                 for _ in range(40):
                     with Client(port) as client:
@@ -328,8 +329,8 @@ class TestBackends:
         assert counts == {b"a": 30, b"b": 10}
 
     @both
-    def test_tls_to_the_backend(self, tmp_path: Path, front: str) -> None:
-        port = free_port()
+    def test_tls_to_the_backend(self, tmp_path: Path, house: House, front: str) -> None:
+        port = house.port
         files = certificate(tmp_path)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(files.certificate, files.key)
@@ -338,27 +339,27 @@ class TestBackends:
             table = f'address = "{backend.address}", tls = true, tls_ca_path = "{files.certificate}"'
             text = listener(port, table, protocol=front, tls=pair if front == "tls" else "")
             trust = client_context(files.certificate) if front == "tls" else None
-            with Gateway(tmp_path, text), Client(port, tls=trust) as client:
+            with house.gateway(text), Client(port, tls=trust) as client:
                 client.send(b"hello")
                 assert client.exactly(5) == b"hello"
                 assert exchange_bulk(client.sock) == bulk_hash()
 
-    def test_an_unverified_backend_gets_nothing(self, tmp_path: Path) -> None:
-        port = free_port()
+    def test_an_unverified_backend_gets_nothing(self, tmp_path: Path, house: House) -> None:
+        port = house.port
         files, other = certificate(tmp_path), certificate(tmp_path, stem="other")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(files.certificate, files.key)
         with Backend(echo, tls=context) as backend:
             table = f'address = "{backend.address}", tls = true, tls_ca_path = "{other.certificate}"'
-            with Gateway(tmp_path, listener(port, table)) as gateway:
+            with house.gateway(listener(port, table)) as gateway:
                 with contextlib.suppress(ConnectionResetError), Client(port) as client:
                     assert client.is_closed()
                 gateway.wait_metric("relay_errors_total", 1, reason="backend_certificate")
 
 
 class TestTlsListener:
-    def test_client_certificates_and_names(self, tmp_path: Path) -> None:
-        port = free_port()
+    def test_client_certificates_and_names(self, tmp_path: Path, house: House) -> None:
+        port = house.port
         first, second = certificate(tmp_path), certificate(tmp_path, "second.example", stem="second")
         mine = certificate(tmp_path, "client.example", stem="mine")
         tls = (
@@ -367,7 +368,7 @@ class TestTlsListener:
             f'certificates = [{{ cert_path = "{second.certificate}", key_path = "{second.key}" }}]'
         )
         with Backend(echo) as backend:
-            with Gateway(tmp_path, listener(port, backend.address, protocol="tls", tls=tls)) as gateway:
+            with house.gateway(listener(port, backend.address, protocol="tls", tls=tls)) as gateway:
                 for name, files in (("localhost", first), ("second.example", second)):
                     context = ssl.create_default_context(cafile=str(files.certificate))
                     context.load_cert_chain(mine.certificate, mine.key)
@@ -521,12 +522,16 @@ def udp_client(port: int) -> Iterator[Callable[[bytes], bytes]]:
         yield ask
 
 
+SOON = "drain_timeout_ms = 100"
+"""Flows do not end by themselves: stopping takes the whole time."""
+
+
 class TestUdp:
     def test_datagrams_stay_as_they_are(self, tmp_path: Path) -> None:
-        port = free_port(socket.SOCK_DGRAM)
+        port = free_port()
         with (
             UdpEcho() as backend,
-            Gateway(tmp_path, listener(port, backend.address, protocol="udp")) as gateway,
+            Gateway(tmp_path, listener(port, backend.address, protocol="udp"), runtime=SOON) as gateway,
         ):
             with udp_client(port) as ask:
                 for size in (0, 1, 1200, 9000, 60_000):
@@ -536,29 +541,30 @@ class TestUdp:
             gateway.wait_metric("udp_datagrams_total", 5, listener="relay", direction="from_backend")
 
     def test_a_flow_stays_with_its_backend(self, tmp_path: Path) -> None:
-        port = free_port(socket.SOCK_DGRAM)
+        port = free_port()
         with (
             UdpEcho(b"a") as a,
             UdpEcho(b"b") as b,
-            Gateway(tmp_path, listener(port, a.address, b.address, protocol="udp")) as gateway,
+            Gateway(tmp_path, listener(port, a.address, b.address, protocol="udp"), runtime=SOON) as gateway,
         ):
             counts: Counter[bytes] = Counter()
-            for _ in range(20):
-                with udp_client(port) as ask:
+            with contextlib.ExitStack() as keep:  # else a port, which is a flow, may be had again
+                for _ in range(20):
+                    ask = keep.enter_context(udp_client(port))
                     (answer,) = {ask(b"x") for _ in range(3)}
                     counts[answer] += 1
             assert counts == {b"ax": 10, b"bx": 10}
             assert gateway.metric("connections_inflight", listener="relay") == 20
 
     def test_a_dead_backend_loses_its_flow(self, tmp_path: Path) -> None:
-        port = free_port(socket.SOCK_DGRAM)
-        dead = f"127.0.0.1:{free_port(socket.SOCK_DGRAM)}"
+        port = free_port()
+        dead = f"127.0.0.1:{free_port()}"
         with (
             UdpEcho() as backend,
-            Gateway(tmp_path, listener(port, dead, backend.address, protocol="udp")),
+            Gateway(tmp_path, listener(port, dead, backend.address, protocol="udp"), runtime=SOON),
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
         ):
-            sock.settimeout(0.2)
+            sock.settimeout(0.1)
             sock.connect(("127.0.0.1", port))
 
             def is_answered() -> bool:

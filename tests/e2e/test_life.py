@@ -24,12 +24,12 @@ from tests.e2e.harness import (
     Gateway,
     certificate,
     eventually,
-    free_port,
     need,
     run,
 )
 from tests.e2e.http_world import answer
 from tests.e2e.load import ONCE, REQUEST, Load
+from tests.ports import free_port
 
 
 def config(port: int, *backends: str, keys: str = "", http: str = "") -> str:
@@ -300,13 +300,28 @@ class TestReload:
             assert gateway.path.read_text().endswith(text), "the operator's file is never written"
             assert gateway.reload(config(port, backend.address, http='server_header = "new"'))
 
-    def test_what_needs_a_restart_is_named(self, tmp_path: Path) -> None:
+    def test_a_listener_moves(self, tmp_path: Path) -> None:
         port, other = free_port(), free_port()
         with Backend(serve) as backend, Gateway(tmp_path, config(port, backend.address)) as gateway:
-            assert not gateway.reload(config(other, backend.address))
-            assert "listeners[0].address: needs a restart in this version" in gateway.log()
+            with Client(port) as client:
+                assert gateway.reload(config(other, backend.address))
+                client.send(REQUEST)
+                assert client.response()[2] == b"backend", "its connections may end"
+            with Client(other) as client:
+                client.send(REQUEST)
+                assert client.response()[2] == b"backend"
+            assert not accepts(port)
+
+    def test_what_cannot_be_had_refuses_the_reload(self, tmp_path: Path) -> None:
+        port = free_port()
+        with (
+            Backend(serve) as backend,
+            Gateway(tmp_path, config(port, backend.address)) as gateway,
+            socket.create_server(("127.0.0.1", free_port())) as taken,
+        ):
+            assert not gateway.reload(config(taken.getsockname()[1], backend.address))
+            assert "is already in use" in gateway.log()
             assert accepts(port)
-            assert not accepts(other)
             assert gateway.metric("config_reload_total", result="refused") == 1
 
     def test_a_renewed_certificate_is_served(self, tmp_path: Path) -> None:

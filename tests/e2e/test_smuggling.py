@@ -13,7 +13,8 @@ import h11
 import httptools
 import pytest
 
-from tests.e2e.harness import Backend, BackendConnection, Client, Gateway, Steady, free_port, listener
+from tests.e2e.harness import Backend, BackendConnection, Client, Gateway, Steady, listener
+from tests.ports import free_port
 from tests.smuggling_corpus import CASES, Case, Meaning
 
 _ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"

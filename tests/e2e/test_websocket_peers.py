@@ -15,8 +15,9 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.sync.server import ServerConnection, serve
 from websockets.typing import Origin, Subprotocol
 
-from tests.e2e.harness import Gateway, certificate, eventually, free_port
+from tests.e2e.harness import Gateway, certificate, eventually
 from tests.e2e.http_world import client_context
+from tests.ports import free_port
 
 BIG = 5_000_000
 LIMIT = 6_000_000

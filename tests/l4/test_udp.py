@@ -193,8 +193,8 @@ class TestChoosing:
                 one.use(b.address)  # a is taken away
                 second = one.client()
                 assert await second.ask(b"") == b"b"
-                other = Pool("q", "round_robin", lambda backend: None)
-                other.replace([(settings_of(c.address), c.address, "c")], "round_robin")
+                other = Pool("q", lambda backend: None, one.reactor, one.reactor.call_soon)
+                other.replace([(settings_of(c.address), c.address, "c")])
                 one.listener.pool = other
                 assert await one.client().ask(b"") == b"c"
                 assert [await first.ask(b""), await second.ask(b"")] == [b"a", b"b"]

@@ -19,7 +19,7 @@ from expressgateway.l4.udp import IDLE_S, UdpListener
 from expressgateway.net.reactor import Reactor
 from expressgateway.observe.counters import ListenerCounters
 from expressgateway.upstream.backend import Backend, BackendSettings, SocketAddress
-from expressgateway.upstream.pool import Pool
+from expressgateway.upstream.pool import Pool, PoolSettings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -124,7 +124,7 @@ class Gateway:
         self.census = census
         self.counters = ListenerCounters("dns")
         self.backends: list[Backend] = []  # all there ever were
-        self.pool = Pool("p", "round_robin", self.backends.append)
+        self.pool = Pool("p", self.backends.append, self.reactor, self.reactor.call_soon)
         sock = datagram_socket(host, dual=dual)
         self.address = sock.getsockname()
         self.listener = UdpListener(self.reactor, sock, census, self.counters, self.pool)
@@ -145,14 +145,16 @@ class Gateway:
         self.closes.append(echo.close)
         return echo
 
-    def use(self, *addresses: SocketAddress, weights: Sequence[int] = ()) -> tuple[Backend, ...]:
+    def use(
+        self, *addresses: SocketAddress, weights: Sequence[int] = (), settings: PoolSettings | None = None
+    ) -> tuple[Backend, ...]:
         """Make these the pool's backends."""
         self.pool.replace(
             [
                 (settings_of(address, weight), address, f"{address[0]}:{address[1]}")
                 for address, weight in zip(addresses, weights or [1] * len(addresses), strict=True)
             ],
-            "round_robin",
+            settings,
         )
         return self.pool.backends
 
@@ -184,7 +186,8 @@ async def gateway(
     assert one.listener.open == one.counters.inflight == 0
     assert not one.census.inside
     assert not one.reactor._handlers
-    assert not any(backend.in_flight for backend in one.backends)
+    assert not any(backend.in_flight or backend.open for backend in one.backends)
+    assert (one.pool.load.in_flight, one.pool.load.open) == (0, 0)
     assert descriptors() == before
 
 

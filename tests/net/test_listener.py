@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from expressgateway.net.facts import Facts, State
 from expressgateway.net.listener import Caller, Door, Listener, address_of, plain_ip
 from expressgateway.net.stream import Stream
 from expressgateway.observe.counters import ListenerCounters
@@ -47,6 +48,9 @@ class Guest(Owner):
         self.calls.append("sweep")
         if self.trouble is not None:
             raise self.trouble
+
+    def facts(self) -> Facts:
+        return Facts("none", self.caller.ip, self.caller.port, 0.0, None, State.ACTIVE)
 
     def drain(self) -> None:
         self.calls.append("drain")
@@ -152,6 +156,25 @@ class TestCaps:
 
         run(test)
 
+    def test_who_is_introduced_while_draining_is_asked_to_leave(self) -> None:
+        """And not cut off: it was let in before, and its request may follow the header."""
+
+        async def test(world: World) -> None:
+            hall = Hall(world, proxy_protocol=True, trusted=("127.0.0.1",))
+            hall.start()
+            peer = hall.call()
+            await world.until(lambda: hall.open)
+            hall.drain()
+            await peer.send(V1 + b"hello")
+            await world.until(lambda: hall.guests)
+            assert hall.guests[0].caller.ip == "192.0.2.7"
+            assert "drain" in hall.guests[0].calls
+            assert hall.go_away() == 1
+            peer.close()
+            await hall.empty()
+
+        run(test)
+
 
 class TestStopping:
     def test_the_queue_is_taken_in_and_later_ones_are_refused(self) -> None:
@@ -178,6 +201,13 @@ class TestStopping:
             met, waiting = hall.call(), hall.call()
             await met.send(V1)
             await world.until(lambda: hall.guests)
+            await world.until(lambda: hall.open == 2)
+            told = sorted((each.facts() for each in hall.told()), key=lambda facts: facts.ip)
+            # One has said for whom it speaks, of the other only the proxy is known.
+            assert [(facts.ip, facts.state) for facts in told] == [
+                ("127.0.0.1", "opening"),
+                ("192.0.2.7", "active"),
+            ]
             assert hall.go_away() == 2
             met.close()
             waiting.close()

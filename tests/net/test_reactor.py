@@ -168,6 +168,25 @@ class TestFlushing:
 
         run(test)
 
+    def test_who_wakes_itself_for_ever_does_not_keep_others_from_being_served(self) -> None:
+        class Restless(Guest):
+            def flush(self) -> None:
+                super().flush()
+                if len(self.calls) < 100_000:
+                    self.world.reactor.wake(self)
+
+        async def test(world: World) -> None:
+            restless, other = Restless(world), Guest(world)
+            world.reactor.wake(restless)
+            other.far.send(b"x")
+            await world.until(lambda: other.calls == ["ready"])
+            assert len(restless.calls) < 100_000
+            await world.until(lambda: len(restless.calls) == 100_000)
+            restless.close()
+            other.close()
+
+        run(test)
+
 
 class TestDescriptors:
     def test_remove_is_idempotent(self) -> None:

@@ -482,6 +482,26 @@ class TestDelivery:
 
         run(test)
 
+    def test_one_that_read_it_and_reset_may_have_though_nothing_was_acknowledged(self) -> None:
+        """On a connection that goes to and fro, kernels acknowledge late, and RST is no acknowledgement."""
+
+        async def test(world: World) -> None:
+            stream, owner, peer = stream_and_peer(world)
+            for _ in range(2):
+                stream.write([b"first"])
+                await peer.read_exactly(5)
+                await peer.send(b"answer")
+                await world.until(lambda: owner.data == b"answer")
+                owner.data.clear()
+            owner.mark = stream.delivery_mark()
+            stream.write([b"second"])
+            assert peer.sock.recv(6) == b"second"
+            peer.reset()
+            await world.until(owner.has_ended)
+            assert owner.was_delivered is True
+
+        run(test)
+
     def test_afterwards_it_cannot_be_known(self) -> None:
         async def test(world: World) -> None:
             stream, _, peer = stream_and_peer(world)

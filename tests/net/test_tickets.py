@@ -358,7 +358,11 @@ class TestGuards:
         monkeypatch.setattr(ssl, "OPENSSL_VERSION_NUMBER", 0x30500000)
         self.refuses("not the one that Python's ssl module reports")
 
-    @pytest.mark.parametrize("address", [0x1, 0x7, 0xDEADBEE8, 1 << 63, id(object) + 1])
+    @pytest.mark.parametrize(
+        "address",
+        [0x1, 0x7, 0xDEADBEE8, 1 << 63, id(object) + 1],
+        ids=["one", "odd", "unmapped", "high", "inside"],
+    )
     def test_no_pointer_where_it_should_be(self, monkeypatch: pytest.MonkeyPatch, address: int) -> None:
         monkeypatch.setattr(tickets.LibSsl, "pointer_of", lambda _self, _context: address)
         self.refuses("is not a pointer")

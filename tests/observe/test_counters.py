@@ -35,10 +35,12 @@ def busy() -> ListenerCounters:
         counters.dropped,
     ):
         tally.add("x")
-    for version in range(len(VERSIONS)):
-        for status_class in range(len(CLASSES)):
-            counters.requests[version][status_class] += 1
-        counters.durations[version].observe(0.003)
+    for name in ("api", "default"):
+        route = counters.route(name)
+        for version in range(len(VERSIONS)):
+            for status_class in range(len(CLASSES)):
+                route.requests[version][status_class] += 1
+            route.durations[version].observe(0.003)
     counters.relayed = [5, 7]
     counters.datagrams = [1, 0]
     return counters
@@ -56,7 +58,13 @@ def test_everything_counted_is_collected() -> None:
     samples = {(family, labels): value for family, labels, value in busy().collect()}
     assert samples["tls_handshakes", ("web", "TLSv1.3", "yes", "ok")] == 2
     assert samples["tls_handshakes", ("web", "", "no", "failed")] == 1
-    assert samples["http_requests", ("web", "1.1", "5xx")] == 1
+    for route in ("api", "default"):
+        for version in VERSIONS:
+            durations = samples["http_request_duration_seconds", ("web", route, version)]
+            assert isinstance(durations, list)
+            assert (sum(durations[:-1]), durations[-1]) == (1, 0.003)
+            for status_class in CLASSES:
+                assert samples["http_requests", ("web", route, version, status_class)] == 1
     assert samples["relay_bytes", ("web", "from_client")] == 5
     assert samples["relay_bytes", ("web", "from_backend")] == 7
     assert samples["udp_datagrams", ("web", "from_backend")] == 0

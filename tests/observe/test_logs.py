@@ -134,6 +134,14 @@ class TestLimited:
         }
         assert "not_logged" not in log.seen[0]
 
+    def test_another_window(self) -> None:
+        log, now = Lines(), [1000.0]
+        limited = Limited(log, lambda: now[0], window_s=5.0)
+        for _ in range(3):
+            limited.warning("flood", "a", "no")
+            now[0] += 4.0
+        assert len(log.seen) == 2
+
     def test_sources_without_number_share_a_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(logs, "_MAX_SOURCES", 10)
         limited, log, now = self.make()

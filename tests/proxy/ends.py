@@ -10,6 +10,7 @@ from expressgateway.proxy.exchange import Exchange
 from expressgateway.proxy.forwarding import Peer
 from expressgateway.upstream.backend import Backend, Waiter
 from expressgateway.upstream.errors import Fault, UpstreamError
+from expressgateway.wire.errors import WireError
 from expressgateway.wire.sinks import ServerStream
 
 FieldList = list[tuple[bytes, bytes]]
@@ -35,6 +36,8 @@ class Seen:
         self.is_complete = False
         self.is_cut = False
         """Ended in a way that cannot be taken for complete."""
+        self.cut_by: WireError | None = None
+        """The error that this end is to tell its peer, where its protocol can."""
         self.pauses: list[str] = []
         """What the gateway asked of this end's sender: ``pause`` and ``resume``."""
 
@@ -127,8 +130,8 @@ class Work(Seen):
     def finish(self, *trailers: tuple[bytes, bytes]) -> None:
         raise NotImplementedError
 
-    def accept(self) -> None:
-        """Agree to an upgrade."""
+    def accept(self, *fields: tuple[bytes, bytes]) -> None:
+        """Agree to an upgrade: with these fields, or as one should."""
         raise NotImplementedError
 
     def vanish(self) -> None:
@@ -180,11 +183,13 @@ class BackSide:
         if self.fault is None:
             self.admit(waiter)
         else:
-            waiter.on_lease_failed(UpstreamError(self.fault))
+            waiter.on_lease_failed(UpstreamError(self.fault, "it failed"))
+        self.world.later(self.recount)
 
     def dial(self, waiter: Waiter) -> None:
         self.dials += 1
         self.pending.append(waiter)
+        self.recount()
         if self.connects:
             self.world.later(self.connect)
 
@@ -192,6 +197,20 @@ class BackSide:
         if waiter in self.pending:
             self.pending.remove(waiter)
             self.cancelled += 1
+            self.world.later(self.recount)
+
+    def recount(self) -> None:
+        """Tell the backend what has become of its connections."""
+        backend = self.backend
+        while backend.open < self.open:
+            backend.opened()
+        while backend.open > self.open:
+            backend.closed()
+
+    def keep(self) -> None:
+        """A connection is there for whoever comes next."""
+        if self.backend.on_freed is not None:
+            self.backend.on_freed()
 
     def admit(self, waiter: Waiter) -> None:
         raise NotImplementedError
@@ -207,9 +226,14 @@ class BackSide:
         pass
 
     @property
+    def has_room(self) -> bool:
+        return self.idle > 0
+
+    @property
     def idle(self) -> int:
         return 0
 
     @property
     def open(self) -> int:
+        """Connections open or being opened."""
         return 0

@@ -3,6 +3,7 @@
 from typing import Any
 
 import h11
+from websockets.utils import accept_key, generate_key
 
 from expressgateway.proxy.forwarding import Peer
 from expressgateway.upstream.backend import Backend, Waiter
@@ -45,6 +46,8 @@ class H1ClientEnd(ClientEnd):
         lines: FieldList = [(b"Host", host), *headers]
         if upgrade:
             lines += [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
+            if not any(name.lower() == b"sec-websocket-key" for name, _ in headers):
+                lines.append((b"Sec-WebSocket-Key", generate_key().encode()))
             self.is_upgrading = True
         elif length is not None:
             lines.append((b"Content-Length", b"%d" % length))
@@ -217,10 +220,13 @@ class H1Work(Work):
     def finish(self, *trailers: tuple[bytes, bytes]) -> None:
         self._send(h11.EndOfMessage(headers=list(trailers)))
 
-    def accept(self) -> None:
-        fields = [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket"), (b"Sec-WebSocket-Accept", b"x")]
+    def accept(self, *fields: tuple[bytes, bytes]) -> None:
+        if not fields:
+            key = (self.header(b"sec-websocket-key") or b"").decode()
+            fields = ((b"Sec-WebSocket-Accept", accept_key(key).encode()),)
+        lines = [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket"), *fields]
         self.connection.has_tunnel = True
-        self._send(h11.InformationalResponse(status_code=101, headers=fields))
+        self._send(h11.InformationalResponse(status_code=101, headers=lines))
 
     def _send(self, *events: Any) -> None:
         self.connection.tell(b"".join(self.connection.h11.send(event) or b"" for event in events))
@@ -350,12 +356,14 @@ class H1BackConnection:
 
     def _settle(self, is_reusable: bool) -> None:
         self.waiter = None
-        if is_reusable:
+        if is_reusable and not self.side.is_leaving:
             self.side.stack.append(self)
+            self.side.keep()
         else:
             self.flush()
             if self.work is not None:
                 self.work.is_tunnel_ended = True
+            self.side.forget(self)
 
     def reset(self) -> None:
         # What is not on its way yet never will be.
@@ -363,6 +371,7 @@ class H1BackConnection:
         self.waiter = None
         if self.work is not None:
             self.work.is_cut = True
+        self.side.forget(self)
 
 
 class H1Back(BackSide):
@@ -371,6 +380,8 @@ class H1Back(BackSide):
     def __init__(self, world: Settling, backend: Backend) -> None:
         super().__init__(world, backend)
         self.stack: list[H1BackConnection] = []
+        self.everyone: set[H1BackConnection] = set()
+        self.is_leaving = False
 
     def lease(self, waiter: Waiter, fresh: bool = False) -> H1Client | None:
         if self.stack and not fresh:
@@ -379,12 +390,27 @@ class H1Back(BackSide):
         return None
 
     def admit(self, waiter: Waiter) -> None:
-        waiter.on_leased(H1BackConnection(self).begin(waiter))
+        connection = H1BackConnection(self)
+        self.everyone.add(connection)
+        waiter.on_leased(connection.begin(waiter))
+
+    def forget(self, connection: H1BackConnection) -> None:
+        self.everyone.discard(connection)
+        self.world.later(self.recount)  # as a socket: gone after the events at hand
 
     def go_stale(self) -> None:
         for connection in self.stack:
             connection.is_dead = True
 
+    def close_idle(self) -> None:
+        self.is_leaving = True
+        while self.stack:
+            self.forget(self.stack.pop())
+
     @property
     def idle(self) -> int:
         return len(self.stack)
+
+    @property
+    def open(self) -> int:
+        return len(self.everyone) + len(self.pending)

@@ -115,6 +115,7 @@ class MemoryClientEnd(ClientEnd):
         if not self.is_ended:
             self.is_ended = True
             self.is_cut = True
+            self.cut_by = error
 
     def close(self) -> None:
         self.is_ended = True
@@ -132,6 +133,8 @@ class MemoryClientEnd(ClientEnd):
 
 class MemoryWork(Work):
     """One stream to a backend: ``ClientStream`` towards the exchange."""
+
+    version = b"2"
 
     def __init__(self, side: "MemoryBack", waiter: Waiter, is_reused: bool, is_dead: bool) -> None:
         super().__init__()
@@ -168,6 +171,8 @@ class MemoryWork(Work):
         elif not self.is_dead:
             self.body += chunk
             self.is_complete = self.is_complete or end
+            if self.side.is_full and self.waiter is not None:
+                self.waiter.on_back_blocked()
 
     def send_trailers(self, fields: Fields) -> None:
         if not self.is_dead:
@@ -237,8 +242,8 @@ class MemoryWork(Work):
                 waiter.on_response_data(b"", True)
         self.side.world.settle()
 
-    def accept(self) -> None:
-        self.interim(101, [(b"sec-websocket-accept", b"x")])
+    def accept(self, *fields: tuple[bytes, bytes]) -> None:
+        self.interim(101, list(fields))
 
     def vanish(self) -> None:
         waiter, self.waiter = self.waiter, None
@@ -269,6 +274,8 @@ class MemoryBack(BackSide):
         super().__init__(world, backend)
         self.is_connected = False
         self.is_stale = False
+        self.is_full = False
+        """It takes nothing more, and says so within the very call that gives it something."""
         self.streams = 0
 
     def lease(self, waiter: Waiter, fresh: bool = False) -> MemoryWork | None:
@@ -288,6 +295,7 @@ class MemoryBack(BackSide):
         if not self.is_connected:
             self.is_connected = True
             self.streams = 0
+            self.keep()
         waiter.on_leased(self._stream(waiter))
 
     def go_stale(self) -> None:
@@ -296,3 +304,7 @@ class MemoryBack(BackSide):
     @property
     def idle(self) -> int:
         return int(self.is_connected)
+
+    @property
+    def open(self) -> int:
+        return int(self.is_connected or bool(self.pending))

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from expressgateway.proxy.forwarding import Forwarding, Ids, Peer, TrustedProxies
+from expressgateway.proxy.forwarding import Forwarding, Peer, TrustedProxies
+from expressgateway.proxy.trace_context import Ids
 from expressgateway.wire.head import Field, RequestHead, ResponseHead
 
 SENT: tuple[Field, ...] = (

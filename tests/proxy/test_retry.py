@@ -2,8 +2,8 @@
 
 import pytest
 
+from expressgateway.proxy.backend_side import REPLAY_BYTES
 from expressgateway.proxy.errors import Reason
-from expressgateway.proxy.exchange import REPLAY_BYTES
 from expressgateway.upstream.errors import Fault
 from tests.proxy.ends import ClientEnd
 from tests.proxy.test_reasons import connection_of
@@ -232,7 +232,7 @@ class TestFailover:
         client = world.client()
         client.request()
         gone = world.pool.backends[0]
-        world.pool.replace([], "round_robin")
+        world.change()
         late = world.client()
         late.request()
         assert late.status == 502

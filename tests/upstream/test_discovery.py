@@ -1,222 +1,114 @@
-"""Names become backends, keep their identity, and stay when DNS fails."""
+"""From settings and answers to backends: ids that last, weights that hold."""
 
 from __future__ import annotations
 
-import asyncio
-from typing import TYPE_CHECKING
+import json
 
 import pytest
 
-from expressgateway.upstream import discovery as module
-from expressgateway.upstream.backend import Backend, BackendSettings
-from expressgateway.upstream.discovery import Discovery, is_literal, socket_address
-from expressgateway.upstream.dns import Answer, DnsError
-from expressgateway.upstream.errors import Fault
-from expressgateway.upstream.pool import Pool
+from expressgateway.upstream.backend import BackendSettings
+from expressgateway.upstream.discovery import (
+    Endpoint,
+    expand,
+    is_literal,
+    key_of,
+    names_of,
+    read_answers,
+    socket_address,
+    srv_name,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-    from typing import Any
-
-
-class Names:
-    """Answers that the test writes; ``held`` names wait until they are let go."""
-
-    def __init__(self, **answers: tuple[str, ...]) -> None:
-        self.answers = dict(answers)
-        self.held: dict[str, asyncio.Event] = {}
-        self.asked: list[str] = []
-
-    async def resolve(self, host: str) -> Answer:
-        self.asked.append(host)
-        if host in self.held:
-            await self.held[host].wait()
-        if host not in self.answers:
-            raise DnsError(f"{host} has no address")
-        return Answer(self.answers[host], 0.0)
+SERVICE = "_http._tcp.example"
 
 
-def settings(*hosts: str, weight: int = 1) -> list[BackendSettings]:
-    return [BackendSettings(f"id-{host}", host, 80, "h1", weight, None, None) for host in hosts]
+def settings(host: str, port: int = 80, id_: str = "", weight: int = 1) -> BackendSettings:
+    return BackendSettings(
+        id=id_ or f"id-{host}", host=host, port=port, protocol="h1", weight=weight, tls=None, send_proxy=None
+    )
 
 
-def attach(backend: Backend) -> None:
-    pass
+def service(weight: int = 1) -> BackendSettings:
+    return settings(SERVICE, 0, "s", weight)
 
 
-class World:
-    def __init__(self, names: Names) -> None:
-        self.names = names
-        self.pool = Pool("p", "round_robin", attach)
-        self.discovery = Discovery(self.pool, names)  # type: ignore[arg-type]  # a fake
-
-    def apply(self, *hosts: str, weight: int = 1, policy: str = "round_robin") -> None:
-        self.discovery.apply(settings(*hosts, weight=weight), policy)
-
-    @property
-    def ids(self) -> list[str]:
-        return [backend.id for backend in self.pool.backends]
-
-    async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(3):
-            while not condition():  # noqa: ASYNC110 - nobody signals it
-                await asyncio.sleep(0.001)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MIN_WAIT_S", 0.002)
-    monkeypatch.setattr(module, "_RETRY_S", 0.002)
-
-
-def run(names: Names, test: Callable[[World], Coroutine[Any, Any, None]]) -> None:
-    async def main() -> None:
-        world = World(names)
-        try:
-            await test(world)
-        finally:
-            world.discovery.close()
-
-    asyncio.run(main())
-
-
-def test_literals_count_at_once() -> None:
-    async def test(world: World) -> None:
-        world.apply("192.0.2.1", "2001:db8::1")
-        assert [(backend.id, backend.address) for backend in world.pool.backends] == [
-            ("id-192.0.2.1", ("192.0.2.1", 80)),
-            ("id-2001:db8::1", ("2001:db8::1", 80, 0, 0)),
+class TestExpand:
+    def test_a_literal_is_one_backend_and_needs_no_answer(self) -> None:
+        four, six = settings("192.0.2.1"), settings("2001:db8::1")
+        assert expand([four, six], {}) == [
+            (four, ("192.0.2.1", 80), "id-192.0.2.1"),
+            (six, ("2001:db8::1", 80, 0, 0), "id-2001:db8::1"),
         ]
-        await world.discovery.first_answers(0.0)
-        assert world.names.asked == []
 
-    run(Names(), test)
+    def test_a_name_is_one_backend_per_address(self) -> None:
+        web = settings("web", id_="w", weight=7)
+        answers = {"web": (Endpoint("192.0.2.1"), Endpoint("2001:db8::1")), "other": (Endpoint("192.0.2.9"),)}
+        assert expand([web], answers) == [
+            (web, ("192.0.2.1", 80), "w#192.0.2.1"),
+            (web, ("2001:db8::1", 80, 0, 0), "w#2001:db8::1"),
+        ]
 
+    @pytest.mark.parametrize("answers", [{}, {"web": ()}, {"srv:web": (Endpoint("192.0.2.1", 1, 1),)}])
+    def test_a_name_without_an_answer_is_none(self, answers: dict[str, tuple[Endpoint, ...]]) -> None:
+        assert expand([settings("web")], answers) == []
 
-def test_every_address_of_a_name_is_a_backend_of_its_own() -> None:
-    async def test(world: World) -> None:
-        world.apply("192.0.2.9", "web")
-        await world.discovery.first_answers(2.0)
-        assert world.ids == ["id-192.0.2.9", "id-web#192.0.2.1", "id-web#192.0.2.2"]
+    def test_a_service_has_ports_and_weights_of_its_own(self) -> None:
+        records = (Endpoint("192.0.2.1", 8080, 10), Endpoint("192.0.2.1", 8081, 0), Endpoint("::1", 1, 1))
+        found = expand([service(weight=3)], {f"srv:{SERVICE}": records})
+        assert [(each.weight, address, id_) for each, address, id_ in found] == [
+            (30, ("192.0.2.1", 8080), "s#192.0.2.1:8080"),
+            (3, ("192.0.2.1", 8081), "s#192.0.2.1:8081"),
+            (3, ("::1", 1, 0, 0), "s#::1:1"),
+        ]
 
-    run(Names(web=("192.0.2.1", "192.0.2.2")), test)
+    @pytest.mark.parametrize(
+        ("configured", "record", "weight"),
+        [(0, 500, 0), (1, 0, 1), (1, 65535, 65535), (2, 65535, 65535), (65535, 65535, 65535), (0, 0, 0)],
+    )
+    def test_weights_multiply_and_end_somewhere(self, configured: int, record: int, weight: int) -> None:
+        answers = {f"srv:{SERVICE}": (Endpoint("192.0.2.1", 80, record),)}
+        ((found, _, _),) = expand([service(weight=configured)], answers)
+        assert found.weight == weight
 
+    def test_of_ids_given_twice_the_first_one_wins(self) -> None:
+        first, second = settings("192.0.2.1", id_="x"), settings("192.0.2.2", id_="x")
+        web, again = settings("web", id_="w", weight=1), settings("web", id_="w", weight=2)
+        both = (Endpoint("192.0.2.3"), Endpoint("192.0.2.3"))
+        twice = (Endpoint("192.0.2.4", 80, 5), Endpoint("192.0.2.4", 80, 6))
+        found = expand([first, second, web, again, service()], {"web": both, f"srv:{SERVICE}": twice})
+        assert [(each.weight, id_) for each, _, id_ in found] == [
+            (1, "x"),
+            (1, "w#192.0.2.3"),
+            (5, "s#192.0.2.4:80"),
+        ]
+        assert found[0][0] is first
 
-def test_a_changed_answer_keeps_what_stays() -> None:
-    async def test(world: World) -> None:
-        world.apply("web")
-        await world.discovery.first_answers(2.0)
-        stays = world.pool.backends[1]
-        world.names.answers["web"] = ("192.0.2.2", "192.0.2.3")
-        await world.until(lambda: world.ids == ["id-web#192.0.2.2", "id-web#192.0.2.3"])
-        assert world.pool.backends[0] is stays
-
-    run(Names(web=("192.0.2.1", "192.0.2.2")), test)
-
-
-def test_the_last_good_answer_stays_when_dns_fails() -> None:
-    async def test(world: World) -> None:
-        world.apply("web")
-        await world.discovery.first_answers(2.0)
-        del world.names.answers["web"]
-        asked = len(world.names.asked)
-        await world.until(lambda: len(world.names.asked) > asked + 2)
-        assert world.ids == ["id-web#192.0.2.1"]
-
-    run(Names(web=("192.0.2.1",)), test)
-
-
-def test_before_any_answer_the_pool_says_why_and_recovers() -> None:
-    async def test(world: World) -> None:
-        world.apply("web")
-        await world.discovery.first_answers(2.0)
-        assert world.ids == []
-        assert world.pool.empty_fault is Fault.DNS
-        world.names.answers["web"] = ("192.0.2.1",)
-        await world.until(lambda: world.ids)
-
-    run(Names(), test)
-
-
-def test_no_backends_at_all_is_another_reason() -> None:
-    async def test(world: World) -> None:
-        world.apply()
-        assert world.pool.empty_fault is Fault.NO_BACKEND
-
-    run(Names(), test)
+    def test_another_order_gives_the_same_ids(self) -> None:
+        web = settings("web", id_="w")
+        one, other = Endpoint("192.0.2.1"), Endpoint("192.0.2.2")
+        ids = [{id_ for _, _, id_ in expand([web], {"web": each})} for each in ((one, other), (other, one))]
+        assert ids[0] == ids[1]
 
 
-@pytest.mark.parametrize("is_silent", [False, True])
-def test_a_name_that_does_not_resolve_holds_no_other_up(is_silent: bool) -> None:
-    async def test(world: World) -> None:
-        if is_silent:
-            world.names.held["dark"] = asyncio.Event()
-        world.apply("dark", "web")
-        await world.until(lambda: world.ids == ["id-web#192.0.2.1"])
-        world.names.answers["web"] = ("192.0.2.2",)
-        await world.until(lambda: world.ids == ["id-web#192.0.2.2"])
-
-    run(Names(web=("192.0.2.1",)), test)
+def test_names_are_keys_each_once() -> None:
+    every = [settings("web"), settings("192.0.2.1"), settings("web", 81), service(), settings(SERVICE, 80)]
+    assert names_of(every) == ["web", f"srv:{SERVICE}", SERVICE]
+    assert key_of(every[1]) is None
+    assert [srv_name(key) for key in names_of(every)] == [None, SERVICE, None]
 
 
-def test_waiting_for_first_answers_has_an_end() -> None:
-    async def test(world: World) -> None:
-        world.names.held["dark"] = asyncio.Event()
-        world.apply("dark")
-        async with asyncio.timeout(2):
-            await world.discovery.first_answers(0.01)
-        assert world.ids == []
-
-    run(Names(), test)
+def test_answers_come_through_json() -> None:
+    answers = {"web": (Endpoint("192.0.2.1"),), "srv:s": (Endpoint("::1", 80, 5),), "none": ()}
+    assert read_answers(json.loads(json.dumps(answers))) == answers
+    assert isinstance(read_answers({"web": [["::1", 1, 2]]})["web"][0], Endpoint)
 
 
-def test_a_reload_uses_the_answers_it_knows_at_once() -> None:
-    async def test(world: World) -> None:
-        world.apply("web")
-        await world.discovery.first_answers(2.0)
-        backend = world.pool.backends[0]
-        world.names.held["web"] = asyncio.Event()
-        world.apply("web", "192.0.2.9", weight=5, policy="weighted_round_robin")
-        assert world.ids == ["id-web#192.0.2.1", "id-192.0.2.9"]
-        assert world.pool.backends[0] is backend
-        assert backend.weight == 5
-        assert world.pool.policy == "weighted_round_robin"
-        world.apply("192.0.2.9")
-        assert world.ids == ["id-192.0.2.9"]
-        world.apply("web")  # forgotten meanwhile: it is asked anew
-        assert world.ids == []
-
-    run(Names(web=("192.0.2.1",)), test)
+@pytest.mark.parametrize(
+    ("host", "is_one"), [("192.0.2.1", True), ("::1", True), ("web", False), ("1.2.3", False), ("a.b", False)]
+)
+def test_what_a_literal_is(host: str, is_one: bool) -> None:
+    assert is_literal(host) is is_one
 
 
-def test_the_same_address_twice_is_one_backend_each_id() -> None:
-    async def test(world: World) -> None:
-        world.discovery.apply([*settings("web"), *settings("web")], "round_robin")
-        await world.discovery.first_answers(2.0)
-        assert world.ids == ["id-web#192.0.2.1"]
-
-    run(Names(web=("192.0.2.1",)), test)
-
-
-def test_closed_it_asks_no_more() -> None:
-    async def test(world: World) -> None:
-        world.apply("web")
-        await world.discovery.first_answers(2.0)
-        world.discovery.close()
-        world.discovery.close()
-        asked = len(world.names.asked)
-        await asyncio.sleep(0.02)
-        assert len(world.names.asked) == asked
-
-    run(Names(web=("192.0.2.1",)), test)
-
-
-def test_what_a_literal_is() -> None:
-    assert [is_literal(host) for host in ("192.0.2.1", "::1", "web", "1.2.3", "a.test")] == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
+def test_socket_addresses() -> None:
+    assert socket_address("192.0.2.1", 1) == ("192.0.2.1", 1)
     assert socket_address("::1", 1) == ("::1", 1, 0, 0)

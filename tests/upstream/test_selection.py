@@ -1,30 +1,30 @@
-"""The policies, and the function that puts any policy to the test."""
+"""Policies that take turns, what a pick of any policy costs, and how a policy is found by its name."""
 
-import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from expressgateway.upstream.backend import Backend
-from expressgateway.upstream.selection import POLICIES, RoundRobin, Selection, WeightedRoundRobin
-from expressgateway.upstream.selection.conformance import (
-    ConformanceError,
-    backend,
-    backends,
-    check_selection_policy,
+from expressgateway.upstream.selection import (
+    POLICIES,
+    Balancing,
+    Measuring,
+    RoundRobin,
+    Selection,
+    SelectionError,
+    WeightedRoundRobin,
+    find_policy,
+    make_selection,
 )
+from expressgateway.upstream.selection.conformance import backend, backends, ready
+from expressgateway.upstream.selection.keyed import hash64
 
 
 def ids(selection: Selection, number: int) -> str:
     """The last letters of the picks' ids."""
     return "".join(picked.id[-1] for picked in (selection.pick(None) for _ in range(number)) if picked)
-
-
-@pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_conformance(policy: str) -> None:
-    check_selection_policy(POLICIES[policy], picks=5_000)
 
 
 class TestWeightedRoundRobin:
@@ -98,99 +98,69 @@ class TestRoundRobin:
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("weights", [(1,) * 100, tuple(range(1, 101))], ids=["equal", "weighted"])
 def test_a_pick_is_cheap(policy: str, weights: tuple[int, ...]) -> None:
-    """Under 2 us at 100 backends, once the round is known; the bound here leaves room for a busy machine."""
-    selection = POLICIES[policy](backends(*weights))
-    for _ in range(6000):
-        selection.pick(None)
-    best = 1.0
-    for _ in range(5):
-        before = time.perf_counter()
-        for _ in range(1000):
-            selection.pick(None)
-        best = min(best, (time.perf_counter() - before) / 1000)
-    assert best < 4e-6
+    """At 100 backends, once rounds and tables are known: under 2 us, where a hash of one key takes 0.7. The
+    hash is the measure, for machines differ; the bound leaves room for what else they do."""
+    set_ = backends(*weights)
+    selection = ready(make_selection(Balancing(policy=policy, table_size=5003), set_))
+    if isinstance(selection, Measuring):
+        for each in set_:
+            selection.observe(each, 0.01, 1.0)
+    keys = [b"192.0.2.%d" % (at % 250) for at in range(1000)]
+    for _ in range(6):
+        for key in keys:
+            selection.pick(key)
+
+    def cost(call: Callable[[bytes], object]) -> float:
+        before = time.thread_time()
+        for key in keys:
+            call(key)
+        return time.thread_time() - before
+
+    rounds = [(cost(hash64), cost(selection.pick)) for _ in range(5)]
+    assert min(pick for _, pick in rounds) < 6 * min(yardstick for yardstick, _ in rounds)
 
 
-# -- the conformance function finds what it is for ---------------------------------------------------------
+class TestFindingPolicies:
+    def test_by_name(self) -> None:
+        selection = make_selection(Balancing(policy="round_robin"), backends(1, 1))
+        assert type(selection) is RoundRobin
 
+    def test_a_class_of_somebody_else(self) -> None:
+        name = "expressgateway.upstream.selection.uniform:Uniform"
+        set_ = backends(1, 1)
+        assert make_selection(Balancing(policy=name), set_).pick(None) in set_
+        assert find_policy(name) is find_policy(name)
 
-class _Policy(WeightedRoundRobin):
-    """A base for bad policies that keeps its kind when it is rebuilt."""
-
-    def rebuilt(self, backends: Sequence[Backend]) -> "_Policy":
-        return type(self)(backends)
-
-
-class _First(_Policy):
-    def pick(self, key: bytes | None) -> Backend | None:
-        return self._backends[0] if self._backends else None
-
-
-class _Bunched(_Policy):
-    def __init__(self, backends: Sequence[Backend]) -> None:
-        super().__init__(backends)
-        self._queue: list[Backend] = []
-
-    def pick(self, key: bytes | None) -> Backend | None:
-        if not self._queue:
-            self._queue = [each for each in self._backends for _ in range(each.weight)]
-        return self._queue.pop(0) if self._queue else None
-
-
-class _Random(_Policy):
-    def pick(self, key: bytes | None) -> Backend | None:
-        if not self._backends:
-            return None
-        return random.choices(self._backends, self._weights)[0]
-
-
-class _LooksAtHealth(_Policy):
-    def pick(self, key: bytes | None) -> Backend | None:
-        for _ in self._backends:
-            picked = super().pick(key)
-            if picked is None or picked.is_available:
-                return picked
-        return super().pick(key)
-
-
-class _NoOthers(_Policy):
-    def others(self, picked: Backend) -> Iterator[Backend]:
-        return iter(())
-
-
-class _Repeats(_Policy):
-    def others(self, picked: Backend) -> Iterator[Backend]:
-        yield from super().others(picked)
-        yield from super().others(picked)
-
-
-class _TakesZero(_Policy):
-    def __init__(self, backends: Sequence[Backend]) -> None:
-        super().__init__(backends)
-        self._all = list(backends)
-        self._count = 0
-
-    def pick(self, key: bytes | None) -> Backend | None:
-        self._count += 1
-        picked = super().pick(key)
-        return self._all[self._count % len(self._all)] if picked and self._count % 17 == 0 else picked
-
-
-class _KeepsWhoLeft(_Policy):
-    def rebuilt(self, backends: Sequence[Backend]) -> "_Policy":
-        return self if backends else type(self)(())
-
-
-@pytest.mark.parametrize(
-    "policy", [_First, _Bunched, _Random, _LooksAtHealth, _NoOthers, _Repeats, _TakesZero, _KeepsWhoLeft]
-)
-def test_bad_policies_are_found_out(policy: type[_Policy]) -> None:
-    with pytest.raises(ConformanceError):
-        check_selection_policy(policy, picks=2_000)
-
-
-def test_a_policy_of_chance_is_judged_as_one() -> None:
-    random.seed(7)
-    check_selection_policy(
-        _Random, is_exact=False, is_smooth=False, is_determined=False, tolerance=0.12, picks=30_000
+    @pytest.mark.parametrize(
+        ("name", "sentence"),
+        [
+            ("round-robin", "there is no balancing policy 'round-robin'"),
+            ("no.such.package:Policy", "cannot be imported: ModuleNotFoundError: No module named 'no'"),
+            ("json:Policy", "json has no Policy"),
+            ("string:digits", "is not callable"),
+            ("fractions:Fraction", "fails without backends: TypeError: "),
+            ("builtins:tuple", "has no pick and no others and no rebuilt"),
+            (":Policy", "there is no balancing policy ':Policy'"),
+            ("json:", "there is no balancing policy 'json:'"),
+        ],
     )
+    def test_what_is_none_is_refused_in_a_sentence(self, name: str, sentence: str) -> None:
+        with pytest.raises(SelectionError) as caught:
+            find_policy(name)
+        assert sentence in str(caught.value)
+
+    def test_a_module_that_breaks_while_it_is_imported(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "breaks_at_import.py").write_text("raise AttributeError('on purpose')")
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(SelectionError, match="cannot be imported: AttributeError: on purpose"):
+            find_policy("breaks_at_import:Policy")
+
+    @pytest.mark.usefixtures("ordered")
+    def test_a_policy_that_is_given_up_listens_no_more(self) -> None:
+        set_ = backends(1, 1)
+        make_selection(Balancing(policy="least_requests"), set_)
+        assert all(each.on_load is not None for each in set_)
+        make_selection(Balancing(policy="random"), set_)
+        assert all(each.on_load is None for each in set_)

@@ -297,9 +297,9 @@ class TestHead:
 
         def cost(size: int) -> float:
             raw = b"GET / HTTP/1.1\r\nHost: a\r\n" + start + b" " * size + b"\x01\r\n\r\n"
-            before = time.perf_counter()
+            before = time.thread_time()
             world = ServerWorld().feed(raw)
-            took = time.perf_counter() - before
+            took = time.thread_time() - before
             assert [error.status for error in world.shell.refusals] == [400]
             return took
 

@@ -254,9 +254,33 @@ class TestBoundary:
 
     def test_a_violation_in_a_header_already_passed_on_in_part(self) -> None:
         watched = follower()
-        assert watched.feed(frame(TEXT, b"hello") + b"\x83") is None
-        assert watched.feed(b"\x80") is not None
+        assert watched.feed(frame(TEXT, b"hello") + b"\x81") is None
+        assert watched.feed(b"\x00") is not None
         assert watched.boundary == -1
+
+    @pytest.mark.parametrize(
+        ("before", "first"),
+        [(b"", 0x83), (b"", 0x8B), (b"", 0x09), (b"", 0x80), (frame(TEXT, b"a", fin=False), 0x81)],
+        ids=["reserved", "reserved-control", "fragmented-ping", "continues-nothing", "message-in-message"],
+    )
+    def test_what_the_first_byte_says_is_judged_by_the_first_byte(self, before: bytes, first: int) -> None:
+        """While there is a boundary before it."""
+        watched = follower()
+        assert watched.feed(before + bytes((first,))) is not None
+        assert watched.boundary == len(before)
+
+    def test_where_a_close_begins(self) -> None:
+        text, close = frame(TEXT, b"hello"), frame(CLOSE, Close(1000, "bye").serialize())
+        watched = follower()
+        watched.feed(text)
+        watched.feed(text + close)
+        assert watched.close_at == len(text)
+        for size in range(1, 6):
+            watched = follower()
+            watched.feed(text + close[:size])
+            assert (watched.close_at, watched.header_bytes) == (None, size)
+            watched.feed(close[size:])
+            assert watched.close_at == -size
 
     def test_a_violation_is_final(self) -> None:
         watched = follower()

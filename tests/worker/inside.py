@@ -6,7 +6,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from expressgateway.config.schema import Config
-from expressgateway.upstream.dns import Answer, DnsError
+from expressgateway.upstream.discovery import Endpoint
 from expressgateway.worker.runtime import Runtime
 from tests.l4.udp_gateway import FakeCensus
 from tests.net.loopback import Peer
@@ -16,19 +16,7 @@ if TYPE_CHECKING:
     from tests.net.loopback import World
 
 
-class Names:
-    """A resolver whose answers the test writes; a name without one does not resolve."""
-
-    def __init__(self, **answers: tuple[str, ...]) -> None:
-        self.answers = {name.replace("_", "."): ips for name, ips in answers.items()}
-        self.ttl_s = 1.0
-        self.asked: list[str] = []
-
-    async def resolve(self, host: str) -> Answer:
-        self.asked.append(host)
-        if host not in self.answers:
-            raise DnsError(f"{host} has no address")
-        return Answer(self.answers[host], self.ttl_s)
+SECRET = bytes(range(32))
 
 
 def listener(name: str, protocol: str = "h1", **more: Any) -> dict[str, Any]:
@@ -42,8 +30,11 @@ def backends(*addresses: tuple[str, int], **more: Any) -> list[dict[str, Any]]:
     ]
 
 
-def pool(name: str, *addresses: tuple[str, int], **more: Any) -> dict[str, Any]:
-    return {"name": name, "backends": backends(*addresses, **more)}
+def pool(
+    name: str, *addresses: tuple[str, int], settings: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    """``settings``: the pool's; the others are its backends'."""
+    return {"name": name, "backends": backends(*addresses, **more), **(settings or {})}
 
 
 class Inside:
@@ -60,13 +51,26 @@ class Inside:
             self.addresses.append(sock.getsockname())
         self.census = FakeCensus()
         self.runtime = Runtime(self.census, self.sockets)
+        self.said: list[dict[str, Any]] = []
+        """Every message for the supervisor."""
+        self.runtime.report_to(self.said.append)
 
     async def configure(
-        self, *listeners: dict[str, Any], files: dict[str, bytes] | None = None, **more: Any
-    ) -> None:
+        self,
+        *listeners: dict[str, Any],
+        files: dict[str, bytes] | None = None,
+        secrets: dict[str, bytes] | None = None,
+        answers: dict[str, tuple[str, ...]] | None = None,
+        **more: Any,
+    ) -> Config:
+        """As after a ``configure`` message; ``answers``: addresses by name."""
         pools = more.pop("pools", [])
         config = Config.model_validate({"listeners": list(listeners), "pools": pools, **more})
-        await self.runtime.configure(config, files or {})
+        known = {name: tuple(Endpoint(ip) for ip in ips) for name, ips in (answers or {}).items()}
+        self.runtime.configure(config, files or {}, {"": SECRET, **(secrets or {})}, known)
+        if self.runtime._is_serving:
+            self.runtime.commit()
+        return config
 
     def pool(self, name: str) -> Pool:
         return self.runtime._pools[name]
@@ -80,20 +84,20 @@ class Inside:
         """End it: nobody is left, nothing was caught by the safety net."""
         runtime = self.runtime
         runtime.stop_accepting()
-        for each in runtime._listeners.values():
+        for each in runtime._listeners:
             each.go_away()
         for living in (*runtime._pools.values(), *runtime._retired):
             living.close_idle()
-        for discovery in runtime._discoveries.values():
-            discovery.close()
         await self.world.turns()
         assert runtime.faults == 0
         assert runtime.reactor._handlers == {}
         assert self.census.inside.total() == 0
-        assert all(counters.inflight == 0 for counters in runtime._counters.values())
-        assert all(
-            backend.in_flight == 0 for living in runtime._pools.values() for backend in living.backends
-        )
+        assert all(counters.inflight == 0 for counters in runtime._listeners.counters())
+        for living in runtime._pools.values():
+            assert (living.load.in_flight, living.load.open, len(living.queue)) == (0, 0, 0)
+            assert all(backend.in_flight == backend.open == 0 for backend in living.backends)
         runtime.reactor.close()
+        for listener in runtime._listeners._sockets.values():
+            listener.close()
         for sock in self.sockets.values():
             sock.close()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from expressgateway.config.schema import Config
 from expressgateway.observe.counters import FAMILIES
 from expressgateway.upstream.errors import Fault
-from expressgateway.worker.build import SnapshotError
+from expressgateway.worker.build_pools import SnapshotError
 from expressgateway.worker.memory import keep_the_heap
 from tests.net.loopback import Backend, Peer, World, refused_address, run
 from tests.net.tls_peers import issue, site
-from tests.worker.inside import Inside, Names, listener, pool
+from tests.worker.inside import SECRET, Inside, listener, pool
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -51,7 +54,7 @@ class TestConfigure:
             )
             swapped = inside.runtime._listeners[0].service  # type: ignore[union-attr]  # as above
             assert swapped is not service
-            assert swapped.timeouts.total == 4.321
+            assert swapped.timeouts.total == swapped.default.timeouts.total == 4.321
             assert swapped.counters is service.counters
             assert inside.pool("p") is known
             assert inside.pool("p").backends[0] is backend
@@ -94,6 +97,76 @@ class TestConfigure:
             await inside.close()
             old.close()
             new.close()
+
+        run(test)
+
+    def test_a_listener_that_goes_keeps_its_pool_till_the_last_connection(self) -> None:
+        """A client of it may ask once more: it is answered, and told to leave."""
+
+        async def test(world: World) -> None:
+            there = Backend()
+            inside = Inside(world, 2)
+            both = listener("web", pool="p"), {**listener("other", pool="q"), "address": "127.0.0.1:2"}
+            pools = [pool("p", there.address), pool("q", there.address)]
+            await inside.configure(*both, pools=pools)
+            runtime = inside.runtime
+            runtime.serve()
+            client = inside.call()
+            await client.send(REQUEST)
+            peer = await there.accept()
+            assert await finish(client, peer) == b"HTTP/1.1 200 OK"
+            without = Config.model_validate({"listeners": [both[1]], "pools": pools[1:]})
+            runtime.configure(without, {}, {"": SECRET}, {}, [1])
+            runtime.commit()
+            runtime._sweep()
+            assert (runtime._retired, [each.name for each in runtime._parting]) == ([], ["p"])
+            await client.send(REQUEST)
+            assert await finish(client, peer) == b"HTTP/1.1 200 OK"
+            await world.until(lambda: not runtime._listeners.are_retiring)
+            runtime._sweep()
+            assert runtime._parting == []
+            for each in (client, peer):
+                each.close()
+            await inside.close()
+            there.close()
+
+        run(test)
+
+    @pytest.mark.parametrize("is_taken_back", [False, True])
+    def test_a_listener_that_relays_from_now_on(self, is_taken_back: bool) -> None:
+        """Its pool goes by its name, as before; clients of before are answered as they were."""
+
+        async def test(world: World) -> None:
+            there = Backend()
+            inside = Inside(world)
+            web = listener("web", backends=[{"address": f"127.0.0.1:{there.address[1]}"}])
+            await inside.configure(web)
+            runtime = inside.runtime
+            runtime.serve()
+            client = inside.call()
+            await client.send(REQUEST)
+            peer = await there.accept()
+            assert await finish(client, peer) == b"HTTP/1.1 200 OK"
+            before = inside.pool("web")
+            raw = Config.model_validate({"listeners": [{**web, "protocol": "tcp"}], "pools": []})
+            runtime.give(1, inside.sockets[0].dup())
+            runtime.configure(raw, {}, {"": SECRET}, {}, [1])
+            if is_taken_back:
+                await inside.configure(web)
+                assert inside.pool("web") is before
+            else:
+                runtime.commit()
+                assert inside.pool("web") is not before
+            runtime._sweep()
+            await client.send(REQUEST)
+            assert await finish(client, peer) == b"HTTP/1.1 200 OK"
+            client.close()
+            await world.until(lambda: not runtime._listeners.are_retiring)
+            runtime._sweep()
+            assert (runtime._replaced, runtime._parting) == ({}, [])
+            peer.close()
+            await inside.close()
+            there.close()
 
         run(test)
 
@@ -150,7 +223,7 @@ class TestConfigure:
             files = {"/c.pem": cert, "/k.pem": key, "/ca.pem": site("a.test").pem}
             if is_backend:
                 web = listener("web", pool="p")
-                more = {"tls": True, "tls_cert_path": "/c.pem", "tls_key_path": "/k.pem"}
+                more: dict[str, Any] = {"tls": True, "tls_cert_path": "/c.pem", "tls_key_path": "/k.pem"}
                 pools = [pool("p", ("192.0.2.1", 80), **more)]
                 begins = "pool p, backend b0: "
             else:
@@ -168,14 +241,14 @@ class TestConfigure:
 
 
 class TestNames:
-    def test_readiness_waits_for_the_first_answers(self) -> None:
+    def test_every_address_of_an_answer_is_a_backend(self) -> None:
         async def test(world: World) -> None:
             there = Backend()
             inside = Inside(world)
-            inside.runtime._resolver = Names(b_test=("127.0.0.1",))  # type: ignore[assignment]  # a fake
             await inside.configure(
                 listener("web", pool="p"),
                 pools=[pool("p", ("a.test", 1), ("b.test", there.address[1]))],
+                answers={"b.test": ("127.0.0.1",)},
             )
             assert [backend.id for backend in inside.pool("p").backends] == ["b1#127.0.0.1"]
             inside.runtime.serve()
@@ -193,7 +266,6 @@ class TestNames:
     def test_without_any_answer_the_client_is_told(self) -> None:
         async def test(world: World) -> None:
             inside = Inside(world)
-            inside.runtime._resolver = Names()  # type: ignore[assignment]  # a fake
             await inside.configure(listener("web", pool="p"), pools=[pool("p", ("a.test", 80))])
             assert inside.pool("p").empty_fault is Fault.DNS
             inside.runtime.serve()
@@ -268,6 +340,49 @@ class TestLife:
 
         run(test)
 
+    @pytest.mark.parametrize(
+        ("hello", "told"),
+        [
+            (REQUEST, b"connection: close"),
+            (
+                b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\4" + bytes(5),
+                bytes(3) + b"\0\x7f\xff\xff\xff",
+            ),
+        ],
+        ids=["h1", "h2"],
+    )
+    def test_who_has_said_nothing_yet_is_not_cut_off(self, hello: bytes, told: bytes) -> None:
+        """Where it is not known yet what is spoken: the first bytes are on their way. They are answered, and
+        the answer says that the client is to leave."""
+
+        async def test(world: World) -> None:
+            there = Backend()
+            inside = Inside(world)
+            await inside.configure(
+                listener("web", pool="p", h2c=True, drain_timeout_ms=3000, drain_jitter_ms=0),
+                pools=[pool("p", there.address)],
+            )
+            inside.runtime.serve()
+            client = inside.call()
+            await world.until(lambda: inside.runtime.open() == {"web": 1})
+            draining = world.loop.create_task(inside.runtime.drain())
+            await world.turns()
+            await client.send(hello)
+            if hello is REQUEST:
+                peer = await there.accept()
+                await peer.read_until(b"\r\n\r\n")
+                await peer.send(OK)
+                assert told in (await client.read_until(b"\r\n\r\n")).lower()
+                peer.close()
+            else:
+                await client.read_until(told)  # GOAWAY, of which more follows
+            client.close()
+            assert await draining == {}
+            await inside.close()
+            there.close()
+
+        run(test)
+
     def test_drain_cuts_short_what_takes_too_long_and_says_so(self) -> None:
         async def test(world: World) -> None:
             there = Backend()
@@ -302,15 +417,19 @@ class TestMetrics:
             await finish(client, peer)
             inside.pool("p").retries.add("stale")
             inside.pool("p").backends[0].unsolicited = 1
-            samples = list(inside.runtime.collect())
+            samples = [sample for _, _, collect in inside.runtime.sources() for sample in collect()]
             for family, labels, value in samples:
                 assert len(FAMILIES[family].labels) == len(labels), family
                 assert (FAMILIES[family].kind == "histogram") == isinstance(value, list), family
             values = {(family, labels): value for family, labels, value in samples}
             assert len(values) == len(samples)
-            assert values["http_requests", ("web", "1.1", "2xx")] == 1
+            assert values["http_requests", ("web", "default", "1.1", "2xx")] == 1
             assert values["backend_requests", ("p", "b0", "2xx")] == 1
             assert values["pool_connections", ("p", "b0", "idle")] == 1
+            for what in ("connect", "head", "request"):
+                durations = values[f"backend_{what}_duration_seconds", ("p", "b0")]
+                assert isinstance(durations, list)
+                assert sum(durations[:-1]) == 1
             client.close()
             peer.close()
             await inside.close()

@@ -30,53 +30,13 @@ class Later:
         return value is self.value
 
 
-def _for_pools(*rows: Later) -> tuple[Later, ...]:
-    """The same rows for named pools and for a listener's unnamed one."""
-    return tuple(Later(f"{home}.{row.key}", row.value) for home in ("listeners", "pools") for row in rows)
-
-
 NOT_YET: Final = (
-    Later("listeners.protocol", "quic"),
-    Later("listeners.quic"),
-    Later("listeners.h2_security"),
-    Later("listeners.grpc"),
-    Later("listeners.h2c", True),
-    Later("listeners.routes"),
     Later("listeners.http.compression"),
-    Later("listeners.websocket.h2_extended_connect", True),
-    Later("listeners.websocket.h3_extended_connect", True),
-    *_for_pools(
-        Later("backends.protocol", "h2"),
-        Later("backends.protocol", "h3"),
-        Later("health"),
-        Later("outlier"),
-        Later("retry"),
-        Later("circuit_breaker"),
-        Later("load_balancing.policy", "random"),
-        Later("load_balancing.policy", "weighted_random"),
-        Later("load_balancing.policy", "least_connections"),
-        Later("load_balancing.policy", "least_requests"),
-        Later("load_balancing.policy", "power_of_two"),
-        Later("load_balancing.policy", "maglev"),
-        Later("load_balancing.policy", "ring_hash"),
-        Later("load_balancing.policy", "ewma"),
-        Later("load_balancing.policy", "session_affinity"),
-        Later("load_balancing.policy", "*:*"),
-        Later("load_balancing.hash_key"),
-        Later("load_balancing.slow_start_ms"),
-        Later("load_balancing.table_size"),
-        Later("load_balancing.virtual_nodes"),
-        Later("load_balancing.decay_ms"),
-        Later("load_balancing.cookie"),
-    ),
+    Later("listeners.routes.filters"),
     Later("runtime.xdp_enabled", True),
     Later("runtime.xdp_interface"),
     Later("runtime.xdp_mode"),
     Later("runtime.xdp_new_flow_cap_per_sec_per_cpu"),
-    Later("runtime.max_requests_per_h3_connection"),
-    Later("observability.access_log"),
-    Later("observability.tracing"),
-    Later("passthrough"),
 )
 
 _ROWS: Final[Mapping[str, tuple[Later, ...]]] = {

@@ -1,10 +1,13 @@
 """The blocks that concern the whole process: runtime, observability, admin, security, passthrough."""
 
 import os
+import re
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from importlib.util import find_spec
+from typing import Annotated, Final, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, ValidationInfo, WithJsonSchema, model_validator
 
 from expressgateway.config.ciphers import parse_ciphers
 from expressgateway.config.listeners import DRAIN_JITTER, DRAIN_TIMEOUT, jitter_faults
@@ -22,6 +25,7 @@ from expressgateway.config.values import (
     Name,
     Network,
     Range,
+    parse_path,
     shown,
 )
 
@@ -105,6 +109,11 @@ class Runtime(Block):
     ] = Field(
         default="auto", description="Worker processes; `auto` is one for each core the process may use."
     )
+    worker_memory_limit_bytes: Annotated[int, Range(64 * 1024 * 1024, unit="bytes", zero="off")] = Field(
+        default=0,
+        description="Resident memory of a worker. One that is over it is replaced by another one and drains: "
+        "nothing is dropped. Not a limit of the kernel's, which would kill it.",
+    )
     xdp_enabled: bool = Field(default=False, description="Forward in the kernel where possible.")
     xdp_interface: Annotated[str, Matches("the name of a network interface", r"[^\s/]{1,15}")] | None = Field(
         default=None, description="Network interface the program is attached to; required when enabled."
@@ -185,16 +194,33 @@ class Runtime(Block):
             )
 
 
+def _parse_log_path(value: object, info: ValidationInfo) -> str:
+    return "stdout" if value == "stdout" else str(parse_path(value, info))
+
+
 class AccessLog(Block):
     """One line for each exchange."""
 
-    path: Annotated[str, Matches('the path of a file, or "stdout"', r"[^\0]+")] = Field(
-        default="stdout", description="File the lines are appended to, or `stdout`."
+    path: Annotated[str, PlainValidator(_parse_log_path), WithJsonSchema({"type": "string"})] = Field(
+        default="stdout",
+        description="File the lines are appended to, or `stdout`.",
+        json_schema_extra={"range_text": "path, or `stdout`"},
     )
     format: Literal["json", "combined"] = Field(default="json", description="Form of a line.")
     sample: Annotated[float, Fraction()] = Field(
         default=1.0, description="Share of exchanges that are logged."
     )
+
+
+_OTLP: Final = "opentelemetry.exporter.otlp.proto.http"
+
+
+def _is_there(module: str) -> bool:
+    """Whether it is installed; it is not imported, for that takes long."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
 
 
 class Tracing(Block):
@@ -207,6 +233,28 @@ class Tracing(Block):
     sample: Annotated[float, Fraction()] = Field(
         default=0.01, description="Share of exchanges traced that came without a decision."
     )
+
+    def faults(self) -> Iterator[Fault]:
+        if not _is_there(_OTLP):
+            yield Fault(
+                ("endpoint",),
+                "tracing needs OpenTelemetry's libraries, which are not installed",
+                "pip install 'expressgateway[otlp]'",
+            )
+        try:
+            url = urlsplit(self.endpoint)
+            is_odd = not url.hostname or url.port == 0 or bool(url.query or url.fragment)
+        except ValueError:
+            is_odd = True
+        else:
+            if url.username is not None:
+                yield Fault(
+                    ("endpoint",),
+                    "endpoint holds a name or a password, which would be shown with the configuration",
+                    "set OTEL_EXPORTER_OTLP_HEADERS in the environment of the gateway instead",
+                )
+        if is_odd:
+            yield Fault(("endpoint",), "endpoint is no URL of a collector", 'write "http://127.0.0.1:4318"')
 
 
 class Observability(Block):
@@ -271,7 +319,9 @@ class CidRouting(Block):
     config_id: Annotated[int, Range(0, 6)] = Field(
         description="Configuration id, in the CID's first three bits."
     )
-    server_id_length: Annotated[int, Range(1, 15, "bytes")] = Field(description="Length of the server id.")
+    server_id_length: Annotated[int, Range(1, 15, "bytes")] = Field(
+        description="Length of the server ids. Each backend's `id` is its server id, in hexadecimal digits."
+    )
     key: Annotated[str, Matches("32 hexadecimal digits", r"[0-9a-f]{32}", lower=True)] | None = Field(
         default=None, description="AES-128 key; absent = server ids in the clear."
     )
@@ -283,16 +333,20 @@ class Passthrough(Block):
     bind_addr: Address = Field(description="Bind address.")
     backends: Annotated[tuple[Backend, ...], LIST] = Field(description="Backends, as addresses or as tables.")
     retry_secret_path: FilePath | None = Field(
-        default=None, description="32 bytes, mode 0600; required when `mint_retry`."
+        default=None,
+        description="32 bytes, mode 0600; made if there is no such file. Required when `mint_retry`; the "
+        "backends need it, too.",
     )
     max_quic_connections: Annotated[int, Range(1, 2_000_000)] = Field(
-        default=100_000, description="Flows at once."
+        default=100_000,
+        description="Flows at once; every worker holds to an equal part. `runtime.max_inflight_connections` "
+        "holds, too.",
     )
     min_client_dcid_len: Annotated[int, Range(8, 20, "bytes")] = Field(
         default=8, description="Shortest connection ID of a client's first packet."
     )
     per_flow_backlog: Annotated[int, Range(1, 8192)] = Field(
-        default=32, description="Datagrams waiting in a flow."
+        default=32, description="Datagrams of a flow that wait while its backend's socket is full."
     )
     strict_source_binding: bool = Field(
         default=False, description="Drop packets of a flow from another address."
@@ -311,7 +365,9 @@ class Passthrough(Block):
         default=60_000, description="Silence after which a flow is forgotten."
     )
     per_ip_flow_cap: Annotated[int, Range(1, 2_000_000)] = Field(
-        default=1024, description="Flows from one address."
+        default=1024,
+        description="Flows from one IPv4 address or IPv6 /64 network; every worker holds to an equal part. "
+        "`runtime.per_ip_connection_cap` holds, too.",
     )
     cid_routing: CidRouting | None = Field(
         default=None, description="QUIC-LB; absent = learned connection IDs."
@@ -335,6 +391,13 @@ class Passthrough(Block):
                 "name a file of 32 bytes with mode 0600",
                 depends=(("retry_secret_path",),),
             )
+        if self.max_dcid_len_routed < self.min_client_dcid_len:
+            yield Fault(
+                ("max_dcid_len_routed",),
+                f"max_dcid_len_routed ({self.max_dcid_len_routed}) is below min_client_dcid_len "
+                f"({self.min_client_dcid_len}), so no new client could be told from another",
+                depends=(("min_client_dcid_len",),),
+            )
         for index, backend in enumerate(self.backends):
             for key in ("protocol", "tls", "send_proxy"):
                 if backend.is_set(key) and getattr(backend, key) not in ("tcp", False, None):
@@ -344,3 +407,26 @@ class Passthrough(Block):
                         "remove the key",
                     )
         yield from set_faults(("backends",), self.backends)
+        yield from self._server_id_faults()
+
+    def _server_id_faults(self) -> Iterator[Fault]:
+        if self.cid_routing is None:
+            return
+        length = self.cid_routing.server_id_length
+        if 1 + length + 4 > self.max_dcid_len_routed:
+            yield Fault(
+                ("max_dcid_len_routed",),
+                f"connection IDs with server ids of {length} bytes have at least {length + 5} bytes, and no "
+                f"more than {self.max_dcid_len_routed} are looked up",
+                "raise max_dcid_len_routed, or use shorter server ids",
+                depends=(("cid_routing",),),
+            )
+        for index, backend in enumerate(self.backends):
+            if not re.fullmatch(f"[0-9a-f]{{{2 * length}}}", backend.id):
+                yield Fault(
+                    ("backends", index, "id"),
+                    f"with cid_routing the id of a backend is its server id: {2 * length} hexadecimal digits "
+                    f"(0-9, a-f), found {shown(backend.id)}",
+                    f'as in id = "{index + 1:0{2 * length}x}"',
+                    depends=(("cid_routing",),),
+                )

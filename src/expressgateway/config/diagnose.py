@@ -28,6 +28,9 @@ Severity = Literal["error", "warning"]
 _INVISIBLE: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 """Unicode categories."""
 
+_SECRET: Final = re.compile(r"[0-9A-Fa-f]{24,}|(?<=://)[^/\s\"']+(?=@)")
+"""What may be a key, a hash, or a name with its password. Diagnostics are logged; secrets never are."""
+
 _MAX_SHOWN_LINE: Final = 240
 """Longer lines are cut around the place in question."""
 
@@ -62,6 +65,11 @@ class Diagnostic:
     severity: Severity = "error"
     length: int = 1
     """Characters underlined."""
+
+    def __post_init__(self) -> None:
+        for name in ("source_line", "message"):
+            text = getattr(self, name)
+            object.__setattr__(self, name, _SECRET.sub(lambda found: "*" * len(found[0]), text))
 
     def text(self) -> str:
         """The diagnostic as lines for a terminal, without a newline at the end."""
@@ -275,7 +283,8 @@ def _header(path: str) -> str:
     """A block's path as its table header is written."""
     if not path:
         return "the top of the file"
-    is_array = path in ("listeners", "pools") or path.endswith((".backends", ".routes", ".certificates"))
+    arrays = ("listeners", "pools", "backends", "routes", "certificates", "split")
+    is_array = path.rpartition(".")[2] in arrays
     return f"[[{path}]]" if is_array else f"[{path}]"
 
 

@@ -27,8 +27,9 @@ from expressgateway.config.pools import (
     protocol_faults,
     set_faults,
 )
-from expressgateway.config.routes import Route
-from expressgateway.config.tls import ListenerTls, Quic
+from expressgateway.config.routes import Route, route_faults
+from expressgateway.config.tls import ListenerTls, Quic, RawProxy
+from expressgateway.config.tuning import raw_faults, route_retry_faults, tuning_faults
 from expressgateway.config.values import (
     LIST,
     Address,
@@ -78,8 +79,14 @@ _ONLY_ON: Final = {
 }
 """Keys that make sense for some protocols only."""
 
+_OF_HTTP2: Final = ("h2_security", "grpc")
+"""Of these, the ones that an `h1` listener may have when it speaks HTTP/2 too (`h2c`)."""
+
 POOL_KEYS: Final = ("load_balancing", "health", "outlier", "retry", "circuit_breaker")
 """Keys that tune the unnamed pool made of `backends`."""
+
+RAW_POOL_KEYS: Final = ("load_balancing", "outlier")
+"""Of these, the ones that tune the backends of `quic.raw_proxy`."""
 
 
 class Listener(Block):
@@ -105,9 +112,13 @@ class Listener(Block):
         description="h1, h1s: advertise HTTP/3 with `{h3_port, max_age}`, replacing a backend's Alt-Svc.",
     )
     http: Http = Field(default_factory=Http, description="h1, h1s, quic: times, sizes and headers.")
-    h2_security: H2Security = Field(default_factory=H2Security, description="h1s: HTTP/2 limits.")
+    h2_security: H2Security = Field(
+        default_factory=H2Security, description="h1s, and h1 with `h2c`: HTTP/2 limits."
+    )
     websocket: WebSocket | None = Field(default=None, description="h1, h1s, quic: WebSocket; absent = off.")
-    grpc: Grpc | None = Field(default=None, description="h1s, quic: gRPC; absent = plain HTTP.")
+    grpc: Grpc | None = Field(
+        default=None, description="h1s, quic, and h1 with `h2c`: gRPC; absent = plain HTTP."
+    )
     drain_timeout_ms: Annotated[int, DRAIN_TIMEOUT] = Field(
         default=0,
         description="Time connections have to finish when the listener is drained.",
@@ -148,6 +159,11 @@ class Listener(Block):
     def is_datagram(self) -> bool:
         return self.protocol in DATAGRAM_FRONTS
 
+    @property
+    def raw_proxy(self) -> RawProxy | None:
+        """Mode B of QUIC, which has backends of its own."""
+        return self.quic.raw_proxy if self.quic is not None else None
+
     def resolve(self) -> None:
         if not self.name:
             self.settle(name=str(self.address))
@@ -156,8 +172,24 @@ class Listener(Block):
 
     def is_idle(self, key: str) -> bool:
         if key in POOL_KEYS:
-            return not self.backends
-        return key in _ONLY_ON and self.protocol not in _ONLY_ON[key]
+            return not (self.backends or (self.raw_proxy is not None and key in RAW_POOL_KEYS))
+        return key in _ONLY_ON and not self._may_have(key)
+
+    @property
+    def speaks_h2(self) -> bool:
+        return self.protocol == "h1s" or (self.protocol == "h1" and self.h2c)
+
+    @property
+    def http_versions(self) -> int:
+        """How many versions of HTTP its exchanges may have: 1.0, 1.1 and 2 over TCP, 3 over QUIC."""
+        if not self.is_http or self.raw_proxy is not None:
+            return 0
+        if self.protocol == "quic":
+            return 1
+        return 3 if self.speaks_h2 else 2
+
+    def _may_have(self, key: str) -> bool:
+        return self.protocol in _ONLY_ON[key] or (key in _OF_HTTP2 and self.speaks_h2)
 
     def faults(self) -> Iterator[Fault]:
         yield from self._protocol_faults()
@@ -193,16 +225,40 @@ class Listener(Block):
         for key, fronts in _ONLY_ON.items():
             where = listed(on_offer("listeners.protocol", fronts) or fronts)
             asked = getattr(self, key) is True if key in ("proxy_protocol", "h2c") else self.is_set(key)
-            if asked and self.protocol not in fronts:
+            if asked and not self._may_have(key):
+                is_near = key in _OF_HTTP2 and self.protocol == "h1"
                 yield Fault(
                     (key,),
-                    f"{key} has no effect on a listener with protocol {shown(self.protocol)}",
-                    f"it belongs to {where} listeners: remove it, or choose another protocol",
-                    depends=protocol,
+                    f"{key} has no effect on a listener with protocol {shown(self.protocol)}"
+                    f"{' that does not speak HTTP/2' if is_near else ''}",
+                    f"it belongs to {where} listeners: remove it, "
+                    f"or {'set h2c = true' if is_near else 'choose another protocol'}",
+                    depends=(*protocol, ("h2c",)) if is_near else protocol,
                 )
+        websocket = self.websocket
+        if websocket is not None and websocket.h2_extended_connect and self.is_http and not self.speaks_h2:
+            yield Fault(
+                ("websocket", "h2_extended_connect"),
+                "the listener does not speak HTTP/2",
+                "remove it, or set h2c = true" if self.protocol == "h1" else "remove it",
+                depends=(*protocol, ("h2c",)),
+            )
+
+        if (
+            websocket is not None
+            and websocket.h3_extended_connect
+            and self.is_http
+            and self.protocol != "quic"
+        ):
+            yield Fault(
+                ("websocket", "h3_extended_connect"),
+                "the listener does not speak HTTP/3",
+                "remove it: it belongs to quic listeners",
+                depends=protocol,
+            )
 
     def _backend_faults(self) -> Iterator[Fault]:
-        raw_proxy = self.quic is not None and self.quic.raw_proxy is not None
+        raw_proxy = self.raw_proxy is not None
         if not (self.backends or self.routes or raw_proxy) and self.pool is None:
             yield Fault(
                 ("backends",),
@@ -225,7 +281,14 @@ class Listener(Block):
             )
         if not self.backends:
             for key in POOL_KEYS:
-                if self.is_set(key):
+                if raw_proxy and self.is_set(key):
+                    if key not in RAW_POOL_KEYS:
+                        yield Fault(
+                            (key,),
+                            f"{key} has no effect on a listener with quic.raw_proxy",
+                            f"remove it: {listed(RAW_POOL_KEYS)} are what tunes its backends",
+                        )
+                elif self.is_set(key):
                     where = f"set it in the pool {shown(self.pool)}" if self.pool else "set it in the pool"
                     yield Fault(
                         (key,),
@@ -236,18 +299,11 @@ class Listener(Block):
         yield from set_faults(("backends",), self.backends)
         yield from protocol_faults(("backends",), self.backends)
         yield from backend_faults(self.protocol, ("backends",), self.backends)
+        yield from raw_faults(self) if raw_proxy else tuning_faults((), self, (self.protocol,))
 
     def _route_faults(self) -> Iterator[Fault]:
-        first_of: dict[object, int] = {}
-        for index, route in enumerate(self.routes):
-            if (first := first_of.setdefault(route.specificity(), index)) != index:
-                yield Fault(
-                    ("routes", index, "match"),
-                    "{other} matches exactly the same, so neither can win",
-                    "remove one of the two, or make one more specific",
-                    depends=(("routes", first),),
-                    other=("routes", first),
-                )
+        yield from route_faults("routes", self.routes)
+        yield from route_retry_faults("routes", self.routes)
 
 
 def jitter_faults(jitter_ms: int, timeout_ms: int) -> Iterator[Fault]:

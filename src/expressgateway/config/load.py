@@ -1,7 +1,7 @@
 """From a file to a configuration that can be used, or to everything that is wrong with it.
 
 Introduces `Loaded`. Loading has no side effects: it reads the file and the files it names, and binds, creates
-and logs nothing.
+and logs nothing. (Code that it names is tried in a process of its own: see `policies`.)
 """
 
 import grp
@@ -22,6 +22,7 @@ from expressgateway.config.diagnose import (
     syntax_diagnostic,
 )
 from expressgateway.config.material import Material, gather
+from expressgateway.config.policies import policy_problems
 from expressgateway.config.pools import nearest
 from expressgateway.config.schema import Config
 from expressgateway.config.validate import validate
@@ -58,6 +59,7 @@ def load(path: Path, *, insecure_key_permissions: bool = False) -> Loaded:
     if verdict.config is not None:
         material, found = gather(verdict.config, insecure_key_permissions=insecure_key_permissions)
         found.extend(_account_problems(verdict.config))
+        found.extend(policy_problems(verdict.config))
         if not problems:
             found.extend(_idle_problems(verdict.config))
         moved = (replace(problem, loc=verdict.remainder.original(problem.loc)) for problem in found)

@@ -14,7 +14,7 @@ from expressgateway.config.availability import on_offer
 from expressgateway.config.values import (
     LIST,
     TOKEN,
-    Address,
+    BackendAddress,
     BadValueError,
     Block,
     Custom,
@@ -50,9 +50,11 @@ _TLS_KEYS: Final = (
 class Backend(Block):
     """One place work can be sent to."""
 
-    address: Address = Field(
+    address: BackendAddress = Field(
         description="Where the backend listens. A name is resolved again when its DNS answer "
-        "expires, and every address of the answer is a backend of its own."
+        "expires, and every address of the answer is a backend of its own. `_http._tcp.example.com` is a "
+        "service, without a port: its SRV records of the lowest priority give hosts, ports and weights, "
+        "which `weight` multiplies."
     )
     protocol: BackendProtocol = Field(
         default="tcp", description="What the backend speaks. On HTTP listeners `tcp` means `h1`."
@@ -73,7 +75,7 @@ class Backend(Block):
     ) = Field(
         default=None,
         description="Name sent as SNI and looked for in the backend's certificate.",
-        json_schema_extra={"default_text": "host of `address`"},
+        json_schema_extra={"default_text": "host of `address`; of a service, its domain: `example.com`"},
     )
     tls_verify_peer: bool = Field(
         default=True,
@@ -102,7 +104,9 @@ class Backend(Block):
         if self.protocol == "h3" and not self.is_set("tls"):
             self.settle(tls=True)
         if self.speaks_tls and self.tls_verify_hostname is None:
-            self.settle(tls_verify_hostname=self.address.host)
+            # Of a service it is the domain that was asked for (RFC 9525 6.1, the source domain): the hosts in
+            # its records come from DNS, and prove nothing.
+            self.settle(tls_verify_hostname=self.address.domain)
 
     def is_idle(self, key: str) -> bool:
         return key in _TLS_KEYS and not self.speaks_tls
@@ -199,6 +203,11 @@ class AffinityCookie(Block):
     max_age_seconds: Annotated[int, Range(0)] = Field(
         default=0, description="Life of the cookie; 0 = until the browser closes."
     )
+    secret_path: FilePath | None = Field(
+        default=None,
+        description="File of 32 bytes that cookies are signed with, created with mode 0600 if absent. Give "
+        "every gateway the same one. Without it sessions end when the gateway is restarted.",
+    )
 
 
 class LoadBalancing(Block):
@@ -228,6 +237,7 @@ class LoadBalancing(Block):
         default=None,
         description="What `maglev`, `ring_hash` and `session_affinity` hash; a request without it is "
         "balanced at random.",
+        json_schema_extra={"default_text": "`client_ip` for `maglev` and `ring_hash`"},
     )
     slow_start_ms: Annotated[int, Range(0, 3_600_000, "milliseconds")] = Field(
         default=0, description="Time in which a new or recovered backend grows to its full weight; 0 = off."
@@ -246,6 +256,10 @@ class LoadBalancing(Block):
         default=None, description="`session_affinity`: recognise clients by a cookie made by the gateway."
     )
 
+    def resolve(self) -> None:
+        if self.hash_key is None and self.policy in ("maglev", "ring_hash"):
+            self.settle(hash_key="client_ip")
+
     def faults(self) -> Iterator[Fault]:
         for key, policies in _KNOBS.items():
             if self.is_set(key) and self.policy not in policies and ":" not in self.policy:
@@ -259,6 +273,14 @@ class LoadBalancing(Block):
             yield Fault(("table_size",), f"expected a prime number, found {self.table_size}", "65537 is one")
         if self.policy == "session_affinity" and self.cookie is None and self.hash_key is None:
             yield Fault(("policy",), "session_affinity needs a cookie table or a hash_key")
+        both = self.cookie is not None and self.hash_key is not None
+        if both and not (self.is_idle("cookie") or self.is_idle("hash_key")):
+            yield Fault(
+                ("hash_key",),
+                "hash_key and cookie exclude each other",
+                "a session is known by one of them: keep one",
+                depends=(("cookie",),),
+            )
 
     def is_idle(self, key: str) -> bool:
         return key in _KNOBS and self.policy not in _KNOBS[key] and ":" not in self.policy
@@ -308,6 +330,28 @@ class Health(Block):
     jitter: Annotated[int, Range(0, 100, "percent")] = Field(
         default=20, description="Percent of the interval by which probes are spread."
     )
+
+    def is_idle(self, key: str) -> bool:
+        return key in _ASKED and self.type not in _ASKED[key]
+
+    def faults(self) -> Iterator[Fault]:
+        for key, types in _ASKED.items():
+            if self.is_set(key) and self.type not in types:
+                yield Fault(
+                    (key,),
+                    f"{key} has no effect with type {shown(self.type)}",
+                    f"it belongs to {listed(types)}",
+                    depends=(("type",),),
+                )
+
+
+_ASKED: Final = {
+    "path": ("http",),
+    "host": ("http", "grpc"),
+    "expect_status": ("http",),
+    "expect_body": ("http",),
+}
+"""Keys of probes that make sense for some types only."""
 
 
 class Outlier(Block):
@@ -393,17 +437,44 @@ class Retry(Block):
 
 
 class CircuitBreaker(Block):
-    """Limits beyond which a pool refuses work at once."""
+    """Limits beyond which work waits, or is refused. Every worker holds to an equal part of each."""
 
     max_connections: Annotated[int, Range(1, zero="off")] = Field(
         default=0, description="Connections to one backend."
     )
-    max_pending: Annotated[int, Range(1, zero="off")] = Field(
-        default=0, description="Exchanges that wait for a connection."
-    )
     max_requests: Annotated[int, Range(1, zero="off")] = Field(
         default=0, description="Exchanges in flight on one backend."
     )
+    pool_max_connections: Annotated[int, Range(1, zero="off")] = Field(
+        default=0, description="Connections to all backends of the pool."
+    )
+    pool_max_requests: Annotated[int, Range(1, zero="off")] = Field(
+        default=0, description="Exchanges in flight on all backends of the pool."
+    )
+    max_pending: Annotated[int, Range(0, 1_000_000)] = Field(
+        default=1024,
+        description="Exchanges that wait for room when a limit is reached; more are refused with 503. "
+        "0 = none waits.",
+    )
+    pending_timeout_ms: Annotated[int, Range(1, 600_000, "milliseconds")] = Field(
+        default=5000, description="Longest wait for room; then 503."
+    )
+
+    def is_idle(self, key: str) -> bool:
+        return key in ("max_pending", "pending_timeout_ms") and not any(getattr(self, k) for k in _LIMITS)
+
+    def faults(self) -> Iterator[Fault]:
+        for key in ("max_pending", "pending_timeout_ms"):
+            if self.is_set(key) and self.is_idle(key):
+                yield Fault(
+                    (key,),
+                    f"{key} has no effect without a limit to wait for",
+                    f"set one of {listed(_LIMITS)}",
+                    depends=tuple((limit,) for limit in _LIMITS),
+                )
+
+
+_LIMITS: Final = ("max_connections", "max_requests", "pool_max_connections", "pool_max_requests")
 
 
 class Pool(Block):

@@ -40,20 +40,39 @@ from expressgateway.config.pools import (
 )
 from expressgateway.config.routes import Route
 from expressgateway.config.tls import Certificate, ListenerTls, Quic, RawProxy
+from expressgateway.config.tuning import tuning_faults
 from expressgateway.config.values import LIST, Address, Block, Fault, Loc, shown
 
 # How many values the labels of metrics can have that do not come from the configuration. This room knows no
 # metrics: a test holds these numbers against those who count.
 SECURITY_EVENT_KINDS: Final = 64
 """Upper bound of the `kind` label of `security_events_total`."""
-GATEWAY_ERRORS: Final = 32
+GATEWAY_ERRORS: Final = 48
 """Upper bound of the `reason` label of `http_gateway_errors_total` and `relay_errors_total`."""
 STATUS_CLASSES: Final = 6
 """`1xx` to `5xx`, and `none`."""
-HTTP_VERSIONS: Final = 2
+PASSTHROUGH: Final = "passthrough"
+"""The name of Mode A's listener and of its pool, in metrics, logs and commands."""
 HISTOGRAM_SERIES: Final = 17
 """15 buckets, the sum and the count."""
 POOL_STATES: Final = 2
+BACKEND_STATES: Final = 6
+
+
+def raw_backends(raw: RawProxy) -> tuple[Backend, ...]:
+    """What Mode B relays to, as a pool's backends: always over TLS, always verified."""
+    addresses = raw.backends if raw.backend_addr is None else (raw.backend_addr,)
+    return tuple(
+        Backend.model_validate({"address": str(address)}).model_copy(
+            update={
+                "protocol": "quic",
+                "tls": True,
+                "tls_ca_path": raw.backend_ca_path,
+                "tls_verify_hostname": raw.sni,
+            }
+        )
+        for address in addresses
+    )
 
 
 class Config(Block):
@@ -71,16 +90,23 @@ class Config(Block):
     security: Security = Field(default_factory=Security, description="Strictness beyond the standards.")
     passthrough: Passthrough | None = Field(default=None, description="QUIC passthrough (Mode A).")
 
-    def pool_of(self, listener: Listener) -> Pool:
-        """The pool a listener sends its work to; an unnamed one goes by the listener's name.
-
-        Raises `LookupError` for a listener that has routes only, or `quic.raw_proxy`.
+    def pool_of(self, listener: Listener) -> Pool | None:
+        """The pool a listener sends its work to, or what no route matches; an unnamed one goes by the
+        listener's name. None for a listener that has routes only.
         """
         if listener.pool is not None:
             return next(pool for pool in self.pools if pool.name == listener.pool)
-        if not listener.backends:
-            raise LookupError(f"listener {listener.name} has no pool of its own")
-        return Pool(
+        if listener.raw_proxy is not None:
+            return Pool.model_construct(
+                name=listener.name,
+                backends=raw_backends(listener.raw_proxy),
+                load_balancing=listener.load_balancing,
+                outlier=listener.outlier,
+            )
+        if listener.routes and not listener.backends:
+            return None
+        # Not validated again: a pool that was emptied while it ran is one all the same.
+        return Pool.model_construct(
             name=listener.name,
             backends=listener.backends,
             load_balancing=listener.load_balancing,
@@ -90,11 +116,69 @@ class Config(Block):
             circuit_breaker=listener.circuit_breaker,
         )
 
+    def with_backends(self, pool_name: str, backends: tuple[Backend, ...]) -> "Config":
+        """The same configuration with other backends in a pool; the rest stays the same objects.
+
+        No rule is checked. `passthrough` is a pool of that name. A listener's own pool that is left empty
+        becomes a named pool of the same name, which keeps its settings. Raises `LookupError` for a pool that
+        is not there.
+        """
+        for index, pool in enumerate(self.pools):
+            if pool.name == pool_name:
+                changed = pool.model_copy(update={"backends": backends})
+                return self.model_copy(
+                    update={"pools": (*self.pools[:index], changed, *self.pools[index + 1 :])}
+                )
+        for index, listener in enumerate(self.listeners):
+            own = self.pool_of(listener) if listener.pool is None else None
+            if listener.name == pool_name and own is not None:
+                update: dict[str, object] = {"backends": backends}
+                if not backends:
+                    update["pool"] = pool_name
+                other = listener.model_copy(update=update)
+                changes: dict[str, object] = {
+                    "listeners": (*self.listeners[:index], other, *self.listeners[index + 1 :])
+                }
+                if not backends:
+                    changes["pools"] = (*self.pools, own.model_copy(update={"backends": ()}))
+                return self.model_copy(update=changes)
+        if pool_name == PASSTHROUGH and self.passthrough is not None:
+            mode_a = self.passthrough.model_copy(update={"backends": backends})
+            return self.model_copy(update={"passthrough": mode_a})
+        raise LookupError(pool_name)
+
+    def every_pool(self) -> Iterator[Pool]:
+        """Named pools in use, and listeners' unnamed ones, Mode A's included. Names are unique."""
+        used = {name for _, _, name in self._pool_names()}
+        yield from (pool for pool in self.pools if pool.name in used)
+        for listener in self.listeners:
+            if listener.pool is None and (own := self.pool_of(listener)) is not None:
+                yield own
+        if self.passthrough is not None:
+            # Clients choose connection IDs, and their hash a backend: the same one on every worker. Only what
+            # comes of new connections tells whether a backend is well.
+            yield Pool.model_construct(
+                name=PASSTHROUGH,
+                backends=self.passthrough.backends,
+                load_balancing=LoadBalancing(policy="maglev"),
+                health=None,
+                outlier=Outlier(),
+                retry=None,
+                circuit_breaker=None,
+            )
+
     def users_of(self, pool_name: str) -> Iterator[tuple[Loc, Listener]]:
         """The listeners that send work to a named pool, with the location of the name."""
         for loc, listener, name in self._pool_names():
             if name == pool_name:
                 yield loc, listener
+
+    def users(self) -> dict[str, list[Listener]]:
+        """The listeners that send work to each named pool: once for every place that names it."""
+        users: dict[str, list[Listener]] = {}
+        for _, listener, name in self._pool_names():
+            users.setdefault(name, []).append(listener)
+        return users
 
     def unused_pools(self) -> Iterator[tuple[int, Pool]]:
         """Named pools that nothing refers to, with their index."""
@@ -167,6 +251,17 @@ class Config(Block):
                 depends=(("listeners", first, "name"), ("listeners", first, "address")),
                 other=("listeners", first),
             )
+        if self.passthrough is not None:
+            named = [(("listeners", index, "name"), one.name) for index, one in enumerate(self.listeners)]
+            named += [(("pools", index, "name"), pool.name) for index, pool in enumerate(self.pools)]
+            for loc, name in named:
+                if name == PASSTHROUGH:
+                    yield Fault(
+                        loc,
+                        f"the name {shown(name)} is already taken by {{other}}",
+                        "choose another name",
+                        other=("passthrough",),
+                    )
         pools: dict[str, int] = {}
         for index, pool in enumerate(self.pools):
             if (first := pools.setdefault(pool.name, index)) != index:
@@ -178,7 +273,7 @@ class Config(Block):
                     other=("pools", first),
                 )
         for index, listener in enumerate(self.listeners):
-            if listener.backends and listener.name in pools:
+            if (listener.backends or listener.raw_proxy is not None) and listener.name in pools:
                 yield Fault(
                     ("pools", pools[listener.name], "name"),
                     "{other} of the same name has backends, which form a pool of that name",
@@ -220,6 +315,7 @@ class Config(Block):
                     nearest(name, known) or listed,
                     depends=(("pools",),),
                 )
+        users_of = self.users()  # once: with a thousand pools and routes it is a million look-ups
         for index, pool in enumerate(self.pools):
             backends: Loc = ("pools", index, "backends")
             mixed = list(protocol_faults(backends, pool.backends))
@@ -227,7 +323,8 @@ class Config(Block):
             seen: set[Front] = set()
             relay: Listener | None = None
             http: Listener | None = None
-            for _, listener in self.users_of(pool.name):
+            users = users_of.get(pool.name, [])
+            for listener in users:
                 if listener.is_http:
                     http = http or listener
                 else:
@@ -241,7 +338,10 @@ class Config(Block):
                     "all backends of a pool speak one protocol: make a pool for each listener",
                 )
                 continue
-            for _, listener in () if mixed else self.users_of(pool.name):
+            if users:
+                fronts = dict.fromkeys(user.protocol for user in users)
+                yield from tuning_faults(("pools", index), pool, fronts, shown(users[0].name))
+            for listener in () if mixed else users:
                 if listener.protocol not in seen:
                     seen.add(listener.protocol)
                     yield from backend_faults(
@@ -290,20 +390,34 @@ class Config(Block):
         """How many series each metric with configured labels can have, the largest first.
 
         Metrics that can never have more than another one here are left out. Backends count as they are
-        written: a DNS name is one, however many addresses it has.
+        written: a DNS name is one, however many addresses it has. What no route matches counts as one more.
         """
         listeners = len(self.listeners)
-        http = sum(listener.is_http for listener in self.listeners)
-        routes = sum(max(1, len(listener.routes)) for listener in self.listeners if listener.is_http)
+        http = sum(listener.http_versions > 0 for listener in self.listeners)
+        routes = sum(  # times the versions in which they can be asked for
+            (1 + len(listener.routes)) * listener.http_versions
+            for listener in self.listeners
+            if listener.http_versions
+        )
         backends = sum(len(listener.backends) for listener in self.listeners)
+        backends += sum(
+            len(raw_backends(listener.raw_proxy)) for listener in self.listeners if listener.raw_proxy
+        )
         backends += sum(len(pool.backends) for pool in self.pools)
+        if self.passthrough is not None:
+            listeners += 1
+            backends += len(self.passthrough.backends)
         counts = {
-            "http_requests_total": routes * HTTP_VERSIONS * STATUS_CLASSES,
-            "http_request_duration_seconds": routes * HTTP_VERSIONS * HISTOGRAM_SERIES,
+            "http_requests_total": routes * STATUS_CLASSES,
+            "http_request_duration_seconds": routes * HISTOGRAM_SERIES,
             "http_gateway_errors_total": http * GATEWAY_ERRORS,
             "relay_errors_total": (listeners - http) * GATEWAY_ERRORS,
             "security_events_total": listeners * SECURITY_EVENT_KINDS,
             "backend_requests_total": backends * STATUS_CLASSES,
+            "backend_request_duration_seconds": backends * HISTOGRAM_SERIES,
+            "backend_connect_duration_seconds": backends * HISTOGRAM_SERIES,
+            "backend_head_duration_seconds": backends * HISTOGRAM_SERIES,
+            "backend_state": backends * BACKEND_STATES,
             "pool_connections": backends * POOL_STATES,
             "worker_up": self.runtime.worker_count,
         }

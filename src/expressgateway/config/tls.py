@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from expressgateway.config.values import LIST, Address, Block, Fault, FilePath, Matches, Range
+from expressgateway.config.values import LIST, Address, Block, Fault, FilePath, Matches, Range, shown
 
 _ALPN = Annotated[str, Matches("an ALPN name of 1 to 255 characters", r"[!-~]{1,255}")]
 
@@ -24,6 +24,11 @@ class Certificate(Block):
         description="Certificate chain (PEM), the server's own first, at most 6 in all."
     )
     key_path: FilePath = Field(description="Private key (PEM), readable by its owner only.")
+    ocsp_path: FilePath | None = Field(
+        default=None,
+        description="OCSP response (DER) for the certificate, stapled to handshakes over TCP; kept fresh by "
+        "your tooling. One that cannot be used is not stapled.",
+    )
 
 
 class ListenerTls(Block):
@@ -34,9 +39,14 @@ class ListenerTls(Block):
         "clients whose SNI matches no other."
     )
     key_path: FilePath = Field(description="Private key (PEM) of `cert_path`, readable by its owner only.")
+    ocsp_path: FilePath | None = Field(
+        default=None,
+        description="OCSP response (DER) for the certificate, stapled to handshakes over TCP; kept fresh by "
+        "your tooling. One that cannot be used is not stapled.",
+    )
     certificates: Annotated[tuple[Certificate, ...], LIST] = Field(
         default=(),
-        description="Further certificates as `{cert_path, key_path}`, chosen by the names in them "
+        description="Further certificates as `{cert_path, key_path, ocsp_path}`, chosen by the names in them "
         "and the client's SNI.",
     )
     client_auth: Literal["none", "optional", "required"] = Field(
@@ -78,9 +88,9 @@ class ListenerTls(Block):
             )
 
     @property
-    def pairs(self) -> tuple[tuple[FilePath, FilePath], ...]:
-        """Every (chain, key), the default one first."""
-        return ((self.cert_path, self.key_path), *((c.cert_path, c.key_path) for c in self.certificates))
+    def every(self) -> "tuple[ListenerTls | Certificate, ...]":
+        """What names a certificate here, the default one first."""
+        return (self, *self.certificates)
 
 
 class RawProxy(Block):
@@ -121,6 +131,11 @@ class RawProxy(Block):
             )
         if self.backend_addr is not None and self.backends:
             yield Fault(("backends",), "backend_addr and backends exclude each other", "keep one of them")
+        for index, address in enumerate(self.backends):
+            if address in self.backends[:index]:
+                yield Fault(
+                    ("backends", index), f"{shown(str(address))} stands here twice", "remove one of the two"
+                )
 
 
 class Quic(Block):

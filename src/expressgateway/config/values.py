@@ -357,9 +357,19 @@ def _check_host_name(host: str, shown_text: str) -> None:
         raise BadValueError(f"{_ADDRESS_FORM}, found {shown_text}", hint)
 
 
+def _is_service(text: str) -> bool:
+    """Whether this has the form of RFC 2782: two labels with an underscore, then a domain."""
+    service, _, rest = text.partition(".")
+    protocol, _, domain = rest.partition(".")
+    return service.startswith("_") and protocol.startswith("_") and domain not in ("", ".")
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Address:
-    """A host (IPv4, IPv6 without brackets, or a name) and a port from 1 to 65535."""
+    """A host (IPv4, IPv6 without brackets, or a name) and a port from 1 to 65535.
+
+    Or, where `parse_backend` reads it, the name of a service (RFC 2782) and the port 0.
+    """
 
     host: str
     port: int
@@ -394,6 +404,11 @@ class Address:
                     "an IPv6 address stands in brackets, so that its port can be told apart",
                 )
         if not separator or not port:
+            if not separator and _is_service(text):
+                raise BadValueError(
+                    f"{found} is a service, and only the address of a backend can be one",
+                    "write a host and its port",
+                )
             hint = f'add the port, as in "{text}:8080"' if text and not separator else ""
             raise BadValueError(f"{found} has no port", hint)
         if not host:
@@ -411,6 +426,30 @@ class Address:
                 host = host.lower()
         return cls(host, int(port))
 
+    @classmethod
+    def parse_backend(cls, value: object) -> "Address":
+        """Like `parse`, and reads the name of a service, which has no port: `_http._tcp.example.com`."""
+        if not isinstance(value, str) or not _is_service(value.partition(":")[0]):
+            return cls.parse(value)
+        name, colon, _ = value.partition(":")
+        if colon:
+            raise BadValueError(
+                f"{shown(value)} is a service, and a service's DNS records say its ports",
+                f"remove the port: {shown(name)}",
+            )
+        _check_host_name(name, shown(value))
+        return cls(name.lower(), 0)
+
+    @property
+    def is_srv(self) -> bool:
+        """Whether this is the name of a service: hosts and ports are in its SRV records."""
+        return self.port == 0
+
+    @property
+    def domain(self) -> str:
+        """The host, or what a service belongs to: its name without the two labels in front."""
+        return self.host.split(".", 2)[2] if self.is_srv else self.host
+
     @property
     def ip(self) -> IPv4Address | IPv6Address | None:
         """The host as a number; None if it is a name to be resolved."""
@@ -426,6 +465,8 @@ class Address:
         return self.host == "localhost" if ip is None else ip.is_loopback
 
     def __str__(self) -> str:
+        if self.is_srv:
+            return self.host
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @classmethod
@@ -438,7 +479,21 @@ class Address:
     def __get_pydantic_json_schema__(
         cls, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return {"type": "string", "pattern": r"^(\[[0-9A-Fa-f:.%a-z]+\]|[^:\[\]/]+):[0-9]{1,5}$"}
+        return {"type": "string", "pattern": f"^{_HOST_AND_PORT}$"}
+
+
+_HOST_AND_PORT = r"(\[[0-9A-Fa-f:.%a-z]+\]|[^:\[\]/]+):[0-9]{1,5}"
+
+BackendAddress = Annotated[
+    Address,
+    Custom(
+        "`host:port` or `_service._proto.name`",
+        Address.parse_backend,
+        (("type", "string"), ("pattern", rf"^({_HOST_AND_PORT}|_[^.:/]+\._[^.:/]+\.[^:/]+)$")),
+    ),
+    PlainSerializer(str),
+]
+"""An address, or the name of a service."""
 
 
 def explained(parse: Callable[[object], Any]) -> Callable[[object], Any]:
@@ -486,7 +541,8 @@ Network = Annotated[
 # -- files
 
 
-def _parse_path(value: object, info: ValidationInfo) -> Path:
+def parse_path(value: object, info: ValidationInfo) -> Path:
+    """Reads the path of a file, relative to the directory in the context; raises what pydantic expects."""
     if isinstance(value, Path):
         text = str(value)
     elif isinstance(value, str):
@@ -500,7 +556,7 @@ def _parse_path(value: object, info: ValidationInfo) -> Path:
 
 
 FilePath = Annotated[
-    Path, PlainValidator(_parse_path), PlainSerializer(str), WithJsonSchema({"type": "string"})
+    Path, PlainValidator(parse_path), PlainSerializer(str), WithJsonSchema({"type": "string"})
 ]
 """A file; relative paths are taken from `context={"directory": ...}`, the directory of the config file."""
 

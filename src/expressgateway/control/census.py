@@ -15,7 +15,7 @@ import mmap
 import os
 import socket
 from _blake2 import blake2s  # what hashlib wraps; a copy of a keyed state is half the cost of a new one
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 CELLS: Final = 65536
@@ -37,15 +37,18 @@ class CensusTable:
 
     __slots__ = ("_map", "fd", "workers")
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int = MAX_WORKERS, fd: int | None = None) -> None:
+        """``fd``: a table for as many workers that another supervisor made; this object's from here on."""
         if not 1 <= workers <= MAX_WORKERS:
             raise ValueError(f"a census is for 1 to {MAX_WORKERS} workers, not {workers}")
         self.workers = workers
-        self.fd = os.memfd_create("expressgateway-census", os.MFD_CLOEXEC)
         size = _HEADER_BYTES + workers * _ROW_BYTES
-        os.ftruncate(self.fd, size)
+        self.fd = os.memfd_create("expressgateway-census", os.MFD_CLOEXEC) if fd is None else fd
+        if fd is None:
+            os.ftruncate(self.fd, size)
         self._map = mmap.mmap(self.fd, size)
-        self._map[_KEY] = os.urandom(32)
+        if fd is None:
+            self._map[_KEY] = os.urandom(32)
 
     def clear(self, index: int) -> None:
         """Forget a worker. Only after it died and before its replacement starts."""
@@ -79,6 +82,7 @@ class Census:
     """
 
     __slots__ = (
+        "_bases",
         "_clients",
         "_exempt",
         "_hash",
@@ -88,7 +92,6 @@ class Census:
         "_row",
         "_table",
         "_total",
-        "_totals",
     )
 
     def __init__(self, fd: int, index: int, workers: int) -> None:
@@ -99,8 +102,8 @@ class Census:
             raise ValueError("the census was made for another number of workers")
         shared = mmap.mmap(fd, size)
         self._table = memoryview(shared)[_HEADER_BYTES:].cast("i")
-        self._totals = self._table[_TOTAL::_STRIDE]
         self._row = index * _STRIDE
+        self._bases = [other * _STRIDE for other in range(workers)]
         self._is_alone = workers == 1
         self._hash = blake2s(key=bytes(shared[_KEY]), digest_size=4)
         self._clients: dict[str, _Client] = {}
@@ -116,6 +119,26 @@ class Census:
         self._per_ip = per_ip
         self._exempt = exempt
 
+    def set_live(self, seats: Iterable[int]) -> None:
+        """The rows that belong to a living worker, this one's among them; all, as long as nobody says
+        which."""
+        self._bases = [seat * _STRIDE for seat in seats]
+        is_alone = self._bases == [self._row]
+        if self._is_alone and not is_alone:
+            self._is_alone = False
+            for ip, client in self._clients.items():  # nobody has asked for them before
+                client.cells = self._cells(ip)
+                self._publish(client, client.count)
+        # Not the other way round: what is in the sketch must be taken out of it again.
+
+    @property
+    def inflight(self) -> int:
+        """Connections of all workers."""
+        if self._is_alone:
+            return self._total
+        table = self._table
+        return sum([table[base] for base in self._bases])
+
     @property
     def total(self) -> int:
         """Connections counted in on this worker."""
@@ -123,8 +146,7 @@ class Census:
 
     def enter(self, ip: str) -> str | None:
         """Count a connection in; ``process_cap`` or ``ip_cap`` if there is no room, and it is not counted."""
-        inflight = self._total if self._is_alone else sum(self._totals)
-        if inflight >= self._max_inflight:
+        if self.inflight >= self._max_inflight:
             return "process_cap"
         key = _network(ip) if ":" in ip else ip
         client = self._clients.get(key)
@@ -164,12 +186,12 @@ class Census:
 
     def _elsewhere(self, cells: tuple[int, int]) -> int:
         """At most this many connections of the client are open on the other workers; seldom fewer."""
-        table, row = self._table, self._row
+        table, row, bases = self._table, self._row, self._bases
         first, second = cells
-        one = sum(table[first::_STRIDE]) - table[row + first]
+        one = sum([table[base + first] for base in bases]) - table[row + first]
         if not one:
             return 0  # fast path: nobody else has it
-        return min(one, sum(table[second::_STRIDE]) - table[row + second])
+        return min(one, sum([table[base + second] for base in bases]) - table[row + second])
 
     def _cells(self, key: str) -> tuple[int, int]:
         keyed = self._hash.copy()

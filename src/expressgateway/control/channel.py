@@ -6,15 +6,31 @@ and a channel that has ended never begins again: the worker then drains, and the
 
 | supervisor to worker | answer |
 | --- | --- |
-| ``configure`` {version, config, files: {absolute path: base64}} | ``configured`` {version, error} |
+| ``configure`` {version, config, files: {absolute path: base64}, answers, secrets} | ``configured`` |
+| ``configure`` {version, backends: {pool: [table]}, files, answers, secrets} | {version, error} |
+| ``answers`` {names: {key: [[ip, port, weight]]}} | |
+| ``health`` {pools: {pool: {panic, down: [id], draining: [id], ramps: {id: since}}}} | |
 | ``tickets`` {listener, keys: base64} | |
 | ``serve`` | ``serving`` |
-| ``collect`` {id} | ``samples`` {id, samples: [[family, labels, number or list]], open: {listener: n}} |
+| ``reopen``: the access log | |
+| ``collect`` {id} | ``samples`` {id, new, places, changes, gone}, some, the last with {open: {listener: n}} |
+| ``connections`` {id, limit} | ``connections`` {id, counts: {listener: {protocol: n}}, looked_at, listed} |
+| ``log_level`` {level} | |
 | ``ping`` {id} | ``pong`` {id} |
+| ``spans_taken``, after each ``spans`` | |
 | ``drain`` | ``draining`` {open: {listener: n}} every second, then ``drained`` {aborted: {listener: n}} |
 
-``error`` is null or a sentence. This module knows framing only: who sends what, and when, is the business of
-`workers` and of the worker.
+A worker says ``outcomes`` {pools: {pool: {id: [good, bad, streak, cause]}}} by itself, a few times a second
+at most: what its backends did since the last time; and ``spans`` {number, lines}: exchanges for a trace's
+collector (``observe.spans``), the next ones when these were taken. ``error`` is null or a sentence. The
+second kind of ``configure`` says what differs from the configuration that the worker has. ``samples`` name
+series, ``new`` [[number, family, labels]], tell what has changed in them, and which are ``gone`` [number].
+``places`` and ``changes`` are arrays of the machine's unsigned and double numbers, in base64: the series'
+number times 32, plus the place in a histogram, and there the increase, or a gauge's value
+(`worker.reports`). ``listed`` holds [listener, protocol, ip, port, age in seconds, requests or null, state]
+for at most ``limit`` connections.
+
+This module knows framing only: who sends what, and when, is the business of `workers` and of the worker.
 """
 
 import asyncio

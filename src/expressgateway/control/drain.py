@@ -24,7 +24,9 @@ def settle_s(config: Config) -> float:
 
 def budget_s(config: Config) -> float:
     """From the order to drain until workers that are still there are killed."""
-    timeouts = (listener.drain_timeout_ms for listener in config.listeners)
+    timeouts = [listener.drain_timeout_ms for listener in config.listeners]
+    if config.passthrough is not None:
+        timeouts.append(config.runtime.drain_timeout_ms)
     return max(timeouts, default=config.runtime.drain_timeout_ms) / 1000 + MARGIN_S
 
 

@@ -1,8 +1,9 @@
-"""Listening sockets: all of them bound before anything serves, and held until the supervisor ends.
+"""Listening sockets: how they are bound.
 
-A *member* is one socket of an SO_REUSEPORT group. Each listener has one member for each worker, and the
-kernel spreads new connections (or flows) over them. The supervisor keeps every member open, so a connection
-that arrives while a worker is being replaced waits in that member's queue and is never refused.
+A *member* is one socket of an SO_REUSEPORT group. Each listener has one member for each *slot*, a worker's
+place, and the kernel spreads new connections (or flows) over them. The supervisor keeps every member open, so
+a connection that arrives while a worker is being replaced waits in that member's queue and is never refused.
+Which listeners have which sockets, and what a reload makes of them, is the business of `socket_book`.
 
 Bind addresses (docs/decisions/0013): an IPv6 address is IPv6 only, so ``[::]`` and ``0.0.0.0`` may stand side
 by side; a host name is resolved once, and its first IPv4 address is taken, else its first IPv6 one.
@@ -11,20 +12,21 @@ This module knows nothing of what is spoken on the sockets.
 """
 
 import errno
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from expressgateway.config.listeners import Listener
+from expressgateway.config.schema import PASSTHROUGH, Config
 from expressgateway.config.values import Address
 from expressgateway.control.failures import StartError
 
 MAX_BACKLOG: Final = 4096
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Bound:
     """A listener with its sockets."""
 
@@ -33,7 +35,28 @@ class Bound:
     address: Address
     """Where it is bound: numbers, and the port the kernel chose for port 0."""
     members: list[socket.socket] = field(default_factory=list)
-    """One for each worker, by the worker's index."""
+    """One for each slot."""
+    number: int = 0
+    """By which workers know it. Never given twice."""
+    kind: str = ""
+    """What is spoken there; with another kind a listener is another one."""
+    wanted: Address | None = None
+    """As configured."""
+    is_spread: bool = False
+    """Whether a program chooses among the members, and not the kernel's hash."""
+    lasting: int = 0
+    """So many of the first members are others' too - systemd's, or other workers' of ours - and must go on
+    when we are done with them: they are never shut down."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether members are copies of each other: one queue for all workers."""
+        return len({os.fstat(member.fileno()).st_ino for member in self.members}) < len(self.members)
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether datagrams carry connection IDs of ours."""
+        return self.kind.startswith("quic")
 
     def close(self) -> None:
         for member in self.members:
@@ -41,36 +64,95 @@ class Bound:
         self.members.clear()
 
 
-def bind_listeners(listeners: Sequence[Listener], workers: int) -> list[Bound]:
-    """Bind every listener, `workers` members each. Raises `StartError`; then nothing stays bound."""
-    places = [_Place.of(listener) for listener in listeners]
-    for place in places:
-        if place.where[1]:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A listener of a configuration, as far as its socket goes."""
+
+    name: str
+    kind: str
+    is_datagram: bool
+    address: Address
+
+    @property
+    def title(self) -> str:
+        return (
+            f"passthrough (bind_addr = {self.address})"
+            if self.kind == PASSTHROUGH
+            else f"the listener {self.name!r}"
+        )
+
+
+def wanted_by(config: Config) -> list[Wanted]:
+    """In the order of the file; Mode A comes last."""
+    found = [
+        Wanted(
+            listener.name,
+            f"{listener.protocol}{' raw' if listener.raw_proxy is not None else ''}",
+            listener.is_datagram,
+            listener.address,
+        )
+        for listener in config.listeners
+    ]
+    if config.passthrough is not None:
+        found.append(Wanted(PASSTHROUGH, PASSTHROUGH, True, config.passthrough.bind_addr))
+    return found
+
+
+def bind_all(wanted: Sequence[Wanted], slots: int, own: Sequence[Bound] = ()) -> list[Bound]:
+    """Bind listeners, `slots` members each. Raises `StartError`; then nothing stays bound.
+
+    `own`: what this process has bound already, and may overlap with.
+    """
+    places = [(one, _Place(one.title, one.address, _kind(one.is_datagram))) for one in wanted]
+    ours = {(bound.is_datagram, bound.address.port) for bound in own}
+    for one, place in places:
+        if place.where[1] and (one.is_datagram, place.where[1]) not in ours:
             # SO_REUSEPORT would let us join the group of another process of the same user; a socket without
             # it is refused if anybody holds the port. All are tried before the first is bound, so that our
             # own listeners may overlap: of 0.0.0.0:80 and 192.0.2.1:80 the kernel takes the closer one.
             place.bind(reuse_port=False).close()
     bound: list[Bound] = []
     try:
-        for place in places:
-            bound.append(place.bind_members(workers))  # noqa: PERF401 - closed if a later one fails
+        for one, place in places:
+            bound.append(Bound(one.name, one.is_datagram, one.address, kind=one.kind, wanted=one.address))
+            place.bind_members(bound[-1], slots)
         # Listening comes last: nothing is accepted, even into a queue, unless all of it can be had.
-        backlog = listen_backlog()
-        for one in bound:
-            if not one.is_datagram:
-                for member in one.members:
-                    _listen(one, member, backlog)
+        for each in bound:
+            listen(each)
     except BaseException:
-        for one in bound:
-            one.close()
+        for each in bound:
+            each.close()
         raise
     return bound
+
+
+def add_members(bound: Bound, slots: int) -> None:
+    """Bind so many members in all. Raises `StartError`; then it has those that it had."""
+    before = len(bound.members)
+    place = _Place(f"the listener {bound.name!r}", bound.address, _kind(bound.is_datagram))
+    try:
+        place.bind_members(bound, slots - before)
+        listen(bound, before)
+    except BaseException:
+        for member in bound.members[before:]:
+            member.close()
+        del bound.members[before:]
+        raise
+
+
+def resolved(one: Wanted) -> tuple[str, int]:
+    """Where it is to be bound. Raises `StartError`."""
+    return _Place(one.title, one.address, _kind(one.is_datagram)).where
+
+
+def _kind(is_datagram: bool) -> socket.SocketKind:
+    return socket.SOCK_DGRAM if is_datagram else socket.SOCK_STREAM
 
 
 def bind_admin(address: Address) -> socket.socket:
     """The admin listener's socket, listening. Raises `StartError`."""
     title = f"the admin listener (observability.metrics_bind = {address})"
-    place = _Place("", title, address, socket.SOCK_STREAM)
+    place = _Place(title, address, socket.SOCK_STREAM)
     sock = place.bind(reuse_port=False)
     try:
         sock.listen(128)
@@ -78,6 +160,14 @@ def bind_admin(address: Address) -> socket.socket:
         sock.close()
         raise StartError(f"{title} cannot listen: {_cause(address, error, 'tcp')}") from None
     return sock
+
+
+def is_bound_to(sock: socket.socket, address: Address) -> bool:
+    """Whether a stream socket is where the address leads."""
+    try:
+        return bool(sock.getsockname()[:2] == _Place("", address, socket.SOCK_STREAM).where)
+    except (OSError, StartError):
+        return False
 
 
 def listen_backlog() -> int:
@@ -91,10 +181,9 @@ def listen_backlog() -> int:
 class _Place:
     """Where a socket is to be bound, the host name resolved. Raises `StartError`."""
 
-    __slots__ = ("address", "family", "kind", "name", "title", "where")
+    __slots__ = ("address", "family", "kind", "title", "where")
 
-    def __init__(self, name: str, title: str, address: Address, kind: socket.SocketKind) -> None:
-        self.name = name
+    def __init__(self, title: str, address: Address, kind: socket.SocketKind) -> None:
         self.title = title
         self.address = address
         """As configured."""
@@ -111,24 +200,14 @@ class _Place:
         self.family = family
         self.where = (str(where[0]), int(where[1]))
 
-    @classmethod
-    def of(cls, listener: Listener) -> "_Place":
-        kind = socket.SOCK_DGRAM if listener.is_datagram else socket.SOCK_STREAM
-        return cls(listener.name, f"the listener {listener.name!r}", listener.address, kind)
-
-    def bind_members(self, workers: int) -> Bound:
-        one = Bound(self.name, self.kind == socket.SOCK_DGRAM, self.address)
-        try:
-            for _ in range(workers):
-                member = self.bind(reuse_port=True)
-                one.members.append(member)
-                if not self.where[1]:
-                    self.where = member.getsockname()[:2]
-        except BaseException:
-            one.close()
-            raise
-        one.address = Address(*self.where)
-        return one
+    def bind_members(self, bound: Bound, count: int) -> None:
+        """Add so many members. What was added stays in `bound` if it fails."""
+        for _ in range(count):
+            member = self.bind(reuse_port=True)
+            bound.members.append(member)
+            if not self.where[1]:
+                self.where = member.getsockname()[:2]
+        bound.address = Address(*self.where)
 
     def bind(self, *, reuse_port: bool) -> socket.socket:
         is_datagram = self.kind == socket.SOCK_DGRAM
@@ -154,13 +233,18 @@ class _Place:
         return sock
 
 
-def _listen(one: Bound, member: socket.socket, backlog: int) -> None:
-    try:
-        member.listen(backlog)
-    except OSError as error:
-        raise StartError(
-            f"the listener {one.name!r} cannot listen: {_cause(one.address, error, 'tcp')}"
-        ) from None
+def listen(bound: Bound, first: int = 0) -> None:
+    """Have the members from `first` on listen. Raises `StartError`."""
+    if bound.is_datagram:
+        return
+    backlog = listen_backlog()
+    for member in bound.members[first:]:
+        try:
+            member.listen(backlog)
+        except OSError as error:
+            raise StartError(
+                f"the listener {bound.name!r} cannot listen: {_cause(bound.address, error, 'tcp')}"
+            ) from None
 
 
 def _cause(address: Address, error: OSError, transport: str) -> str:

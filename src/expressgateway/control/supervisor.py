@@ -9,49 +9,64 @@ This process never sees a client's bytes, and it keeps its rights: see docs/deci
 """
 
 import asyncio
+import contextlib
 import logging
 import os
-import platform
 import signal
+import socket
 import sys
 import time
 from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from expressgateway import __version__
 from expressgateway.config.diagnose import ConfigError
 from expressgateway.config.load import Loaded, load
+from expressgateway.config.values import Address
 from expressgateway.control import drain
 from expressgateway.control.admin.endpoints import Endpoints
-from expressgateway.control.admin.http import REJECTS, AdminServer
-from expressgateway.control.census import CensusTable
-from expressgateway.control.channel import FrameError, encode, pack_bytes
+from expressgateway.control.admin.http import AdminServer
+from expressgateway.control.certificates import Certificates
+from expressgateway.control.changes import Change, ChangeError, changed
+from expressgateway.control.deployment import Deployment, Heritage
 from expressgateway.control.failures import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, StartError
-from expressgateway.control.plan import plan
-from expressgateway.control.privileges import raise_file_limit, worker_identity
-from expressgateway.control.reload import APPLIED, FAILED, INVALID, REFUSED, UNCHANGED, Outcome, Reloads
-from expressgateway.control.sockets import Bound, bind_admin, bind_listeners
-from expressgateway.control.ticket_keys import TicketKeys
-from expressgateway.control.worker_process import WORKER_COMMAND, Launch, Snapshot
-from expressgateway.control.workers import PATIENT, Fleet, Timing
+from expressgateway.control.front import Front
+from expressgateway.control.notify import Notifier
+from expressgateway.control.phase import Phase
+from expressgateway.control.plan import NOTHING_ROLLED, Changed, Plan, plan
+from expressgateway.control.privileges import raise_file_limit
+from expressgateway.control.reload import (
+    APPLIED,
+    FAILED,
+    INVALID,
+    REFUSED,
+    UNCHANGED,
+    FromFile,
+    Outcome,
+    Queue,
+    Reloads,
+    Renewal,
+    Upgrades,
+    Wish,
+    aside,
+)
+from expressgateway.control.socket_book import SocketBook, from_systemd
+from expressgateway.control.sockets import bind_admin, is_bound_to
+from expressgateway.control.upgrade import Predecessor, Successor, UpgradeError, command
+from expressgateway.control.worker_process import WORKER_COMMAND
+from expressgateway.control.workers import PATIENT, Timing
 from expressgateway.observe import logs
-from expressgateway.observe.counters import Sample, Tally
+from expressgateway.observe.counters import Tally
 
 log = logging.getLogger(__name__)
 
 _STATUS_LINE_S: Final = 1.0
-_MAX_KEY_SLEEP_S: Final = 3600.0  # nobody trusts a timer of weeks; a look now and then costs nothing
-
-
-class Phase(Enum):
-    BOOTING = "booting"
-    SERVING = "serving"
-    SETTLING = "settling"
-    DRAINING = "draining"
-    STOPPED = "stopped"
+_FILE_PATIENCE_S: Final = 60.0  # for a configuration to be read and checked: policies of others are tried
+MAX_MADE: Final = 10_000
+"""Run-time changes that an upgrade takes over, the last ones; more have been forgotten by a reload long
+since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +76,8 @@ class Options:
     insecure_key_permissions: bool = False
     worker_command: Sequence[str] = WORKER_COMMAND
     timing: Timing = PATIENT
+    upgrade_command: Sequence[str] = ()
+    """What an upgrade starts; empty: what this process was started with."""
 
 
 def run(path: Path, options: Options = Options()) -> int:
@@ -79,28 +96,37 @@ def run(path: Path, options: Options = Options()) -> int:
 
 
 class Supervisor:
-    """One run of the gateway. It is also what the admin listener shows (`admin.endpoints.Gateway`)."""
+    """One run of the gateway. What the admin listener sees of it is its `Front`."""
 
     def __init__(self, loaded: Loaded, options: Options = Options()) -> None:
-        self._loaded = loaded
+        self._loaded = loaded  # until there is a deployment
         self._options = options
-        self._phase = Phase.BOOTING
-        self._began = time.monotonic()
+        self.phase = Phase.BOOTING
+        self.began = time.monotonic()
         self._stop = asyncio.Event()
         self._now = asyncio.Event()
         """A second stop: leave at once."""
+        self._is_stop_asked = False
+        """The stop was not a signal's, so a signal that follows is the first one."""
         self._wake = asyncio.Event()
-        self._reloads = Reloads()
-        self._keys = TicketKeys()
-        self._keys_adopted = asyncio.Event()
-        """A reload may have brought their next change forward."""
-        self._progress = drain.Progress()
-        self._bound: list[Bound] = []
-        self._admin: AdminServer | None = None
-        self._admin_address = ""
-        self._admin_rejects = Tally()
-        self._census: CensusTable | None = None
-        self._fleet: Fleet | None = None
+        self.reloads = Reloads()
+        self.upgrades = Upgrades()
+        self._made: list[Change] = []  # run-time changes since the file was read: at most MAX_MADE
+        self.progress = drain.Progress()
+        self.admin: AdminServer | None = None
+        self._admin_socket: socket.socket | None = None
+        self.admin_rejects = Tally()
+        self.deployment: Deployment | None = None
+        self.changes = Queue(self._wake.set)
+        self._before: Predecessor | None = None
+        """The supervisor that this one takes over from."""
+        self._successor: Successor | None = None
+        """The process that has taken over."""
+        self._front = Front(self)
+        self._notifier = Notifier.of(os.environ, os.getpid())
+        self.certificates = Certificates(
+            lambda: self.running, self._wake.set, insecure_key_permissions=options.insecure_key_permissions
+        )
 
     # -- life
 
@@ -123,75 +149,139 @@ class Supervisor:
         except StartError as error:
             sys.stderr.write(f"expressgateway: {error}\n")
             return EXIT_FAILURE
-        if not booted:
+        deployment = self.deployment
+        if not booted or deployment is None:
             log.info("stopped while starting")
             return EXIT_OK
-        rotation = tasks.create_task(self._rotate_keys(), name="ticket keys")
+        background = [
+            tasks.create_task(deployment.rotate_keys(), name="ticket keys"),
+            tasks.create_task(self._notifier.watch(), name="signs of life"),
+            tasks.create_task(self.certificates.watch(), name="certificates"),
+        ]
         try:
-            while not self._stop.is_set():
-                if self._reloads.is_due:
-                    await _unless(self._now, self._reload())
-                else:
-                    self._wake.clear()
-                    await self._wake.wait()
+            if self._before is not None:
+                await _unless(self._now, self._take_over(deployment, self._before))
+            successor = await self._serve(deployment)
+            self.changes.close("the gateway is stopping")
             if not self._now.is_set():
-                await _unless(self._now, self._drain())
+                last = self._drain(deployment) if successor is None else self._leave(deployment, successor)
+                await _unless(self._now, last)
         finally:
-            rotation.cancel()
-        self._phase = Phase.STOPPED
+            for task in background:
+                task.cancel()
+        self.phase = Phase.STOPPED
         if self._now.is_set():
             log.warning("stopped at once, as asked by a second signal; %s", _left(self._open()))
         else:
             log.info("stopped")
         return EXIT_OK
 
+    async def _serve(self, deployment: Deployment) -> Successor | None:
+        """Until the end is asked for, or another supervisor has taken over."""
+        while not self._stop.is_set():
+            if self.reloads.is_due:
+                await _unless(self._now, self._reload(deployment))
+            elif self.certificates.is_due:
+                await _unless(self._now, self.certificates.renew(self._renew))
+            elif self.changes.is_due:
+                await _unless(self._now, self.changes.make_next(self._fulfil))
+            elif self.upgrades.is_due:
+                await _unless(self._now, self._upgrade(deployment))
+                if self._successor is not None:
+                    return self._successor
+            else:
+                self._wake.clear()
+                await self._wake.wait()
+        return None
+
     async def _boot(self, tasks: asyncio.TaskGroup) -> None:
-        config = self._loaded.config
         for warning in self._loaded.warnings:
             log.warning("%s", warning.text())
         raise_file_limit()
-        identity = worker_identity(config.runtime)
-        count = config.runtime.worker_count
-        self._bound = bind_listeners(config.listeners, count)
-        if config.observability.metrics_bind is not None:
-            sock = bind_admin(config.observability.metrics_bind)
-            self._admin_address = str(config.observability.metrics_bind)
-            self._admin = AdminServer(sock, Endpoints(self, self._admin_rejects).answer, self._admin_rejects)
-            await self._admin.start()
-        self._keys.adopt(self._keys.planned(config))
-        self._census = CensusTable(count)
-        launch = Launch(self._bound, self._census, identity, self._options.worker_command)
-        self._fleet = Fleet(launch, tasks, self._keys.messages, self._options.timing)
-        try:
-            snapshot = _snapshot(self._reloads.version, self._loaded)
-        except FrameError as error:
-            raise StartError(str(error)) from None
-        await self._fleet.start(snapshot)
-        self._phase = Phase.SERVING
-        listeners = {bound.name: str(bound.address) for bound in self._bound}
+        before = await Predecessor.find(os.environ)
+        loaded = self._loaded if before is None else self._replayed(before.changes)
+        heritage = Heritage(book=SocketBook(from_systemd(os.environ, os.getpid())))
+        if before is not None:
+            heritage = before.heritage
+            self._notifier.remember(before.kept)
+        command = tuple(self._options.worker_command)
+        deployment = Deployment(loaded, tasks, command, self._options.timing, heritage)
+        self.deployment = deployment
+        where = loaded.config.observability.metrics_bind
+        if where is not None:
+            self._admin_socket = _inherited_admin(before, where) or bind_admin(where)
+        if before is None:
+            await self._start_admin()
+            await deployment.start()
+        else:
+            await deployment.start(lambda: before.wait_for_go(deployment))
+        self.phase = Phase.SERVING
+        self._keep_sockets(deployment)
+        listeners = {bound.name: str(bound.address) for bound in deployment.book.bounds}
+        count = len(deployment.fleet.slots)
         log.info(
             "ready in %.2f seconds with %d worker%s",
             _age_s(),
             count,
             "" if count == 1 else "s",
             extra={
-                "fields": {"listeners": listeners, "admin": self._admin_address or None, "pid": os.getpid()}
+                "fields": {"listeners": listeners, "admin": str(where) if where else None, "pid": os.getpid()}
             },
         )
+        self._before = before
+        if before is None:
+            self._tell_ready(deployment)
+
+    async def _take_over(self, deployment: Deployment, before: Predecessor) -> None:
+        """We serve: the rest of an upgrade. A stop waits for it, like for a reload."""
+        await before.wait_until_left()
+        await deployment.have_alone()
+        await self._start_admin()
+        log.info("taken over from the gateway before")
+        self._tell_ready(deployment)
+
+    def _tell_ready(self, deployment: Deployment) -> None:
+        count = len(deployment.fleet.slots)
+        self._notifier.ready(f"serving with {count} worker{'' if count == 1 else 's'}")
+
+    def _replayed(self, changes: Sequence[Change]) -> Loaded:
+        """What the file says, with the run-time changes that were made to it before the upgrade."""
+        loaded = self._loaded
+        for change in changes:
+            try:
+                loaded = changed(
+                    loaded, change, insecure_key_permissions=self._options.insecure_key_permissions
+                )
+            except ChangeError as error:
+                log.warning("a run-time change is not taken over: %s (%s)", change, error)
+            else:
+                self._made.append(change)
+        return loaded
+
+    async def _start_admin(self) -> None:
+        if self._admin_socket is not None:
+            admin = AdminServer(
+                self._admin_socket, Endpoints(self._front, self.admin_rejects).answer, self.admin_rejects
+            )
+            await admin.start()
+            self.admin = admin
+
+    def _keep_sockets(self, deployment: Deployment) -> None:
+        """Leave copies of the sockets with systemd, if it is to keep them."""
+        self._notifier.keep(deployment.book.keepsakes())
 
     async def _end_workers(self) -> None:
-        if self._fleet is not None:
-            self._fleet.kill()
-            await self._fleet.close()
+        if self.deployment is not None:
+            await self.deployment.end()
 
     async def _close(self) -> None:
-        if self._admin is not None:
-            await self._admin.close()
-        for bound in self._bound:
-            bound.close()
-        if self._census is not None:
-            self._census.close()
-            self._census = None
+        if self.admin is not None:
+            await self.admin.close()
+        elif self._admin_socket is not None:
+            self._admin_socket.close()
+        if self.deployment is not None:
+            await self.deployment.close()
+        self._notifier.close()
 
     # -- signals
 
@@ -200,101 +290,224 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGTERM, self._on_stop, "SIGTERM")
         loop.add_signal_handler(signal.SIGINT, self._on_stop, "SIGINT")
         loop.add_signal_handler(signal.SIGHUP, self._on_reload)
-        loop.add_signal_handler(
-            signal.SIGUSR1, self._on_unavailable, "SIGUSR1", "SIGHUP also reads certificates"
-        )
-        loop.add_signal_handler(signal.SIGUSR2, self._on_unavailable, "SIGUSR2", "restart to upgrade")
+        loop.add_signal_handler(signal.SIGUSR1, self.certificates.ask)
+        loop.add_signal_handler(signal.SIGUSR2, self._on_upgrade)
 
     def _on_stop(self, name: str) -> None:
-        if self._stop.is_set():
+        if self._stop.is_set() and not self._is_stop_asked:
             self._now.set()
         else:
             log.info("%s: stopping; once more stops at once", name)
             self._stop.set()
+        self._is_stop_asked = False
         self._wake.set()
 
     def _on_reload(self) -> None:
-        self._reloads.requested += 1
+        self.reloads.requested += 1
         if self._stop.is_set():
             log.warning("SIGHUP: nothing is reloaded, the gateway is stopping")
         self._wake.set()
 
-    def _on_unavailable(self, name: str, instead: str) -> None:
-        log.warning("%s is not available in this version; %s", name, instead)
+    def _on_upgrade(self) -> None:
+        self.upgrades.requested += 1
+        if self._stop.is_set():
+            log.warning("SIGUSR2: nothing is upgraded, the gateway is stopping")
+        self._wake.set()
 
     # -- reload
 
-    async def _reload(self) -> None:
-        asked = self._reloads.requested
+    async def _fulfil(self, wish: Wish) -> Outcome:
+        """What waited in the queue. Raises `ChangeError`."""
+        if self.deployment is None:
+            raise ChangeError(503, "the gateway is starting")
+        if isinstance(wish, FromFile):
+            self.reloads.requested += 1
+            return await self._reload(self.deployment)
+        if isinstance(wish, Renewal):
+            self.certificates.ask()
+            outcome = await self.certificates.renew(self._renew)
+            return replace(outcome, version=self.reloads.version)
+        return await self._change(self.deployment, wish)
+
+    async def _reload(self, deployment: Deployment) -> Outcome:
+        asked = self.reloads.requested
         began = time.monotonic()
-        outcome = await self._reloaded()
-        self._reloads.finish(asked, outcome)
-        fields = {"result": outcome.result, "version": self._reloads.version}
+        self._notifier.reloading()
+        outcome = await self._reloaded(deployment)
+        deployment.reopen_log()
+        outcome = self.reloads.finish(asked, outcome)
+        fields = {"result": outcome.result, "version": self.reloads.version}
         level = logging.INFO if outcome.is_success else logging.ERROR
         took_ms = (time.monotonic() - began) * 1000
         what = "; ".join(outcome.report)
         log.log(level, "reload %s in %.0f ms: %s", outcome.result, took_ms, what, extra={"fields": fields})
+        self._notifier.ready(f"serving; the last reload: {outcome.result}")
+        return outcome
 
-    async def _reloaded(self) -> Outcome:
-        path = self._loaded.path
+    async def _reloaded(self, deployment: Deployment) -> Outcome:
+        path = deployment.loaded.path
         try:
             # Not on this thread: while files are read and keys are checked, probes are still answered.
-            loaded = await asyncio.to_thread(
-                load, path, insecure_key_permissions=self._options.insecure_key_permissions
-            )
+            insecure = self._options.insecure_key_permissions
+            loaded = await aside(lambda: load(path, insecure_key_permissions=insecure), _FILE_PATIENCE_S)
         except ConfigError as error:
             return Outcome(INVALID, tuple(one.text() for one in error.diagnostics))
+        except TimeoutError:
+            return Outcome(INVALID, (f"{path} and the files it names cannot be read in time",))
         for warning in loaded.warnings:
             log.warning("%s", warning.text())
-        difference = plan(self._loaded, loaded)
-        if difference.refused:
-            return Outcome(REFUSED, difference.refused)
+        difference = plan(deployment.loaded, loaded)
         if difference.is_empty:
-            return Outcome(UNCHANGED, (difference.sentence(),))
-        loaded = Loaded(difference.config, path, loaded.warnings, loaded.material)
-        if self._fleet is None:
-            return Outcome(FAILED, ("there are no workers",))
-        try:
-            keys = self._keys.planned(loaded.config)
-            fault = await self._fleet.apply(_snapshot(self._reloads.version + 1, loaded))
-        except (StartError, FrameError) as error:
-            return Outcome(REFUSED, (str(error),))
-        if fault is not None:
-            return Outcome(FAILED, (f"a worker cannot apply it, all are back at the old one: {fault}",))
-        self._loaded = loaded
-        self._keys.adopt(keys)
-        self._keys_adopted.set()
-        self._fleet.broadcast(self._keys.messages())
-        return Outcome(APPLIED, (difference.sentence(),))
+            self._made.clear()
+            if isinstance(deployment.loaded, Changed):  # the file says now what had been changed while it ran
+                deployment.loaded = loaded
+            return Outcome(UNCHANGED, difference.lines())
+        outcome = await self._apply(deployment, loaded, difference)
+        if outcome.is_success:
+            self._made.clear()
+        return outcome
 
-    async def _rotate_keys(self) -> None:
-        while self._fleet is not None:
-            self._keys_adopted.clear()
-            try:
-                async with asyncio.timeout(min(self._keys.next_change_s(), _MAX_KEY_SLEEP_S)):
-                    await self._keys_adopted.wait()
-            except TimeoutError:
-                pass
-            self._fleet.broadcast(self._keys.changed())
+    async def _change(self, deployment: Deployment, change: Change) -> Outcome:
+        """Make a run-time change. Raises `ChangeError`."""
+        insecure = self._options.insecure_key_permissions
+        running = deployment.loaded
+        try:
+            loaded = await aside(lambda: changed(running, change, insecure_key_permissions=insecure))
+        except TimeoutError:
+            raise ChangeError(422, "the files it names cannot be read in time") from None
+        for warning in loaded.warnings:
+            log.warning("%s", warning.text())
+        difference = plan(running, loaded)
+        if difference.is_empty:
+            outcome = Outcome(UNCHANGED, difference.lines())
+        else:
+            outcome = await self._apply(deployment, loaded, difference, (change.pool,))
+        outcome = self.reloads.finish_change(outcome)
+        if outcome.is_success:
+            self._made.append(change)
+            del self._made[:-MAX_MADE]
+        level = logging.INFO if outcome.is_success else logging.ERROR
+        log.log(level, "run-time change %s: %s (%s)", outcome.result, change, "; ".join(outcome.report))
+        return outcome
+
+    async def _renew(self, loaded: Loaded, report: str) -> Outcome:
+        """Have everybody use what differs from what runs in its files alone, or nobody."""
+        if self.deployment is None:
+            return Outcome(REFUSED, ("the gateway is starting",))
+        outcome = await self._apply(self.deployment, loaded, NOTHING_ROLLED, ())
+        if outcome.is_success:
+            outcome = Outcome(outcome.result, (report,))
+        return self.reloads.finish_renewal(outcome)
+
+    async def _apply(
+        self, deployment: Deployment, loaded: Loaded, difference: Plan, pools: tuple[str, ...] | None = None
+    ) -> Outcome:
+        """Have everybody use a configuration, or nobody. `pools`: what alone differs, beside files."""
+        admin = None
+        was, where = (one.observability.metrics_bind for one in (deployment.loaded.config, loaded.config))
+        try:
+            if where is not None and where != was:
+                admin = bind_admin(where)
+            fault = await deployment.apply(loaded, difference, pools)
+        except StartError as error:
+            fault = str(error)
+            result = REFUSED
+        else:
+            result = FAILED
+        if fault is not None:
+            if admin is not None:
+                admin.close()
+            if result == FAILED:
+                fault = f"a worker cannot apply it, all are back at the old one: {fault}"
+            return Outcome(result, (fault,))
+        if where != was:
+            before, self.admin, self._admin_socket = self.admin, None, admin
+            await self._start_admin()
+            if before is not None:
+                await before.finish()
+        self._keep_sockets(deployment)
+        return Outcome(APPLIED, difference.lines())
+
+    # -- upgrade
+
+    async def _upgrade(self, deployment: Deployment) -> None:
+        """Have another process take over, the `_successor`; or nothing changes."""
+        asked = self.upgrades.requested
+        log.info("upgrade: another process is started")
+        successor = None
+        deployment.fleet.hold()
+        try:
+            successor = await Successor.start(self._options.upgrade_command or command())
+            await successor.give(deployment, self._admin_socket, self._made, self._notifier.kept)
+            await deployment.fleet.meet(successor.seats)
+            await successor.go()
+        except UpgradeError as error:
+            if successor is not None:
+                await successor.end()
+            await deployment.fleet.part()
+            self.upgrades.fail(asked, str(error))
+            log.error("upgrade failed, this process goes on: %s", error)
+        except asyncio.CancelledError:
+            if successor is not None:
+                await successor.end()
+            raise
+        else:
+            self._successor = successor
+            log.info(
+                "upgrade: process %d serves", successor.pid, extra={"fields": {"successor": successor.pid}}
+            )
+        finally:
+            deployment.fleet.release()
+
+    async def _leave(self, deployment: Deployment, successor: Successor) -> None:
+        """Another process serves: let what is open here end."""
+        self._notifier.follow(successor.pid)
+        self.phase = Phase.DRAINING
+        if self.admin is not None:
+            await self.admin.finish()
+            self.admin = self._admin_socket = None
+        budget_s = drain.budget_s(deployment.config)
+        deployment.book.close()
+        with self._telling(deployment):
+            self.progress.enter(drain.FINISH, time.monotonic())
+            await deployment.fleet.make_way(budget_s, partial(self._on_left, successor))
+            self.progress.leave(time.monotonic())
+        self._tell_drained(deployment)
+
+    def _on_left(self, successor: Successor) -> None:
+        """Our workers have stopped reading the sockets."""
+        successor.left()
+        if self.is_stopping:
+            # It came during the upgrade, to whom was the gateway then: it is the gateway that is to end.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(successor.pid, signal.SIGTERM)
 
     # -- drain
 
-    async def _drain(self) -> None:
-        config = self._loaded.config
-        self._phase = Phase.SETTLING
-        lines = asyncio.get_running_loop().create_task(self._status_lines(), name="status lines")
+    async def _drain(self, deployment: Deployment) -> None:
+        self._notifier.stopping()
+        self.phase = Phase.SETTLING
+        with self._telling(deployment):
+            self.progress.enter(drain.SETTLE, time.monotonic())
+            await asyncio.sleep(drain.settle_s(deployment.config))
+            self.phase = Phase.DRAINING
+            self.progress.enter(drain.FINISH, time.monotonic())
+            budget_s = drain.budget_s(deployment.config)
+            await deployment.drain(budget_s, keeps_sockets=self._notifier.keeps_sockets)
+            self.progress.leave(time.monotonic())
+        self._tell_drained(deployment)
+
+    @contextlib.contextmanager
+    def _telling(self, deployment: Deployment) -> Iterator[None]:
+        lines = asyncio.get_running_loop().create_task(self._status_lines(deployment), name="status lines")
         try:
-            self._progress.enter(drain.SETTLE, time.monotonic())
-            await asyncio.sleep(drain.settle_s(config))
-            self._phase = Phase.DRAINING
-            self._progress.enter(drain.FINISH, time.monotonic())
-            if self._fleet is not None:
-                await self._fleet.drain(drain.budget_s(config))
-            self._progress.leave(time.monotonic())
+            yield
         finally:
             lines.cancel()
-        aborted = self._fleet.aborted if self._fleet is not None else {}
-        took = sum(self._progress.seconds(time.monotonic()).values())
+
+    def _tell_drained(self, deployment: Deployment) -> None:
+        aborted = deployment.fleet.aborted
+        took = sum(self.progress.seconds(time.monotonic()).values())
         cut = sum(aborted.values())
         log.log(
             logging.WARNING if cut else logging.INFO,
@@ -305,111 +518,49 @@ class Supervisor:
             extra={"fields": {"aborted": aborted}},
         )
 
-    async def _status_lines(self) -> None:
-        config = self._loaded.config
+    async def _status_lines(self, deployment: Deployment) -> None:
+        config = deployment.config
         while True:
-            settling = self._phase is Phase.SETTLING
+            settling = self.phase is Phase.SETTLING
             limit_s = drain.settle_s(config) if settling else drain.budget_s(config)
             open_ = self._open()
-            sentence = self._progress.sentence(open_, limit_s, time.monotonic())
+            sentence = self.progress.sentence(open_, limit_s, time.monotonic())
             log.info("%s", sentence, extra={"fields": {"open": open_}})
+            self._notifier.status(sentence)
             await asyncio.sleep(_STATUS_LINE_S)
 
     def _open(self) -> dict[str, int]:
-        return self._fleet.open() if self._fleet is not None else {}
-
-    # -- what the admin listener shows
+        return self.deployment.fleet.open() if self.deployment is not None else {}
 
     @property
-    def token_hash(self) -> str | None:
-        token_hash: str | None = self._loaded.config.admin.api_token_hash
-        return token_hash
+    def running(self) -> Loaded:
+        """The configuration in force, or the one that is to be."""
+        return self.deployment.loaded if self.deployment is not None else self._loaded
+
+    def stop(self, cause: str) -> None:
+        """Drain and end, as a first signal has it; a signal that follows counts as the first."""
+        if not self.is_stopping:
+            log.info("%s: stopping", cause)
+            self._is_stop_asked = True
+            self._stop.set()
+            self._wake.set()
 
     @property
-    def is_started(self) -> bool:
-        return self._phase is not Phase.BOOTING
+    def is_stopping(self) -> bool:
+        return self._stop.is_set()
 
-    def unready(self) -> str | None:
-        if self._phase is not Phase.SERVING:
-            return str(self._phase.value)
-        if self._stop.is_set():
-            return "stopping"
-        if self._fleet is None or not self._fleet.serving:
-            return "no worker serves"
+
+def _inherited_admin(before: Predecessor | None, where: Address) -> socket.socket | None:
+    """The admin listener's socket of the process before, if it is bound there."""
+    if before is None or before.admin is None:
         return None
-
-    def status(self) -> dict[str, Any]:
-        open_ = self._open()
-        fleet = self._fleet
-        return {
-            "pid": os.getpid(),
-            "version": __version__,
-            "state": self._phase.value,
-            "uptime_s": round(time.monotonic() - self._began, 1),
-            "config": {
-                "path": str(self._loaded.path.absolute()),
-                "version": self._reloads.version,
-                "applied_at": self._reloads.applied_at,
-            },
-            "reload": self._reloads.status(),
-            "listeners": [
-                {
-                    "name": bound.name,
-                    "protocol": listener.protocol,
-                    "bound": str(bound.address),
-                    "open": open_.get(bound.name, 0),
-                }
-                for bound, listener in zip(self._bound, self._loaded.config.listeners, strict=False)
-            ],
-            "workers": [
-                {
-                    "index": slot.index,
-                    "pid": slot.worker.pid if slot.worker is not None and slot.worker.is_alive else None,
-                    "state": slot.worker.state.value if slot.worker is not None else "starting",
-                    "restarts": slot.restarts,
-                }
-                for slot in (fleet.slots if fleet is not None else ())
-            ],
-        }
-
-    async def metrics(self, accept: str) -> tuple[bytes, str]:
-        # Imported at the first scrape: it is a tenth of the time a start takes.
-        from expressgateway.control.admin.exposition import expose
-
-        if self._fleet is None:
-            return expose({}, accept)
-        await self._fleet.collect()
-        return expose(self._fleet.ledger.merged([*self._fleet.samples(), *self._samples()]), accept)
-
-    def _samples(self) -> Iterator[Sample]:
-        reloads = self._reloads
-        for result, count in reloads.counts.items():
-            yield "config_reload", (result,), count
-        yield "config_version", (), reloads.version
-        yield "config_applied_timestamp_seconds", (), reloads.applied_at
-        yield "config_last_reload_successful", (), int(reloads.last is None or reloads.last.is_success)
-        yield "build_info", (__version__, platform.python_version()), 1
-        for reason in REJECTS:  # also those that never happened: an alert needs a number to compare with
-            yield "admin_rejects", (reason,), self._admin_rejects.get(reason, 0)
-        for phase, seconds in self._progress.seconds(time.monotonic()).items():
-            yield "shutdown_drain_seconds", (phase,), seconds
-        if self._fleet is not None:
-            for name, count in self._fleet.aborted.items():
-                yield "shutdown_aborted_connections", (name,), count
+    if is_bound_to(before.admin, where):
+        return before.admin
+    before.admin.close()
+    return None
 
 
-def _snapshot(version: int, loaded: Loaded) -> Snapshot:
-    """Raises `FrameError` if it is too large to be sent."""
-    message = {
-        "type": "configure",
-        "version": version,
-        "config": loaded.config.model_dump(mode="json"),
-        "files": {path: pack_bytes(data) for path, data in loaded.material.files.items()},
-    }
-    return Snapshot(version, encode(message))
-
-
-async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:
     """Do `work`; False if `event` came first, and the work was cancelled."""
     loop = asyncio.get_running_loop()
     doing = loop.create_task(work)

@@ -3,13 +3,19 @@
 The keys are secrets of the supervisor and its workers; they are never logged and never written down.
 """
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Final
 
 from expressgateway.config.schema import Config
 from expressgateway.control.channel import Message, pack_bytes
 from expressgateway.control.failures import StartError
 from expressgateway.net.tickets import TicketKeySchedule, pack_keys
+
+log = logging.getLogger(__name__)
+
+_ANY_INTERVAL_S: Final = 86_400  # of a schedule that only holds keys until the configuration says how long
 
 
 class TicketKeys:
@@ -47,6 +53,21 @@ class TicketKeys:
                 schedule.restore(known.dump())
             planned[listener.name] = schedule
         return planned
+
+    def dump(self) -> dict[str, bytes]:
+        """All keys, by listener. They are secrets: only for a channel that nobody else reads."""
+        return {name: schedule.dump() for name, schedule in self._schedules.items()}
+
+    def restore(self, dumped: Mapping[str, bytes]) -> None:
+        """Begin with the keys of `dump`, of the process before this one. What is no such dump is left out."""
+        for name, data in dumped.items():
+            schedule = TicketKeySchedule(_ANY_INTERVAL_S, _ANY_INTERVAL_S)
+            try:
+                schedule.restore(data)
+            except ValueError as error:
+                log.warning("the session ticket keys of listener %s are made anew: %s", name, error)
+            else:
+                self._schedules[name] = schedule
 
     def adopt(self, planned: dict[str, TicketKeySchedule]) -> None:
         """From now on. Every worker is to be given `messages` after this."""

@@ -51,8 +51,20 @@ name = "https"
 address = "{host}:{ports.https}"
 protocol = "h1s"
 tls = {{ cert_path = "{files.certificate}", key_path = "{files.key}" }}
+alt_svc = {{ h3_port = {ports.h3} }}
 websocket = {{ enabled = true }}
 {http_backends}
+[[listeners]]
+name = "http3"
+address = "{host}:{ports.h3}"
+protocol = "quic"
+websocket = {{ enabled = true, h3_extended_connect = true }}
+{http_backends}
+[listeners.quic]
+cert_path = "{files.certificate}"
+key_path = "{files.key}"
+retry_secret_path = "{files.key.parent}/retry.secret"
+
 [[listeners]]
 name = "tcp"
 address = "{host}:{ports.tcp}"
@@ -241,7 +253,7 @@ def _page(demo: Demo) -> str:
         lines += [f"# {command.title}", command.command, ""]
     lines += [
         f"Configuration: {demo.config_path} (after a change: kill -HUP {demo.pid})",
-        f"Metrics: http://{HOST}:{demo.ports.admin}/metrics",
+        f"Dashboard: http://{HOST}:{demo.ports.admin}/ (metrics: /metrics)",
         "Ctrl-C ends it.",
         "",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from expressgateway.demo.backends import BACKEND_NAMES
@@ -52,6 +53,11 @@ def demo_commands(ports: Ports, pid: int, config: Path, certificate: Path) -> li
     return [
         Command("Ask over HTTP: what the backend saw", f"curl -i {http}/", "This is backend"),
         Command("Over HTTPS, trusting the demo's certificate", f"curl {trust} {https}/", "This is backend"),
+        Command(
+            "Over HTTP/3 (a browser would go there by itself, told by Alt-Svc)",
+            f"{sys.executable} -m expressgateway.demo.http3 https://localhost:{ports.h3}/ {certificate}",
+            "HTTP/3 200",
+        ),
         Command("Several times: the backends take turns", four, f"This is backend {second}"),
         Command(
             "Upload 10 MB, and count what comes back",

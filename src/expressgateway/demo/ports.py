@@ -20,6 +20,8 @@ class Ports:
     tcp: int = 9000
     tls: int = 9443
     udp: int = 9053
+    h3: int = 8443
+    """UDP, where `https` is TCP."""
     admin: int = 9090
 
     @classmethod
@@ -36,7 +38,7 @@ class Ports:
         chosen, sentences = [], []
         taken = {*astuple(self)}
         for place, port in zip(fields(self), astuple(self), strict=True):
-            kind = socket.SOCK_DGRAM if place.name == "udp" else socket.SOCK_STREAM
+            kind = socket.SOCK_DGRAM if place.name in ("udp", "h3") else socket.SOCK_STREAM
             free = port if port and _is_free(port, kind) else _free_port(kind, taken)
             taken.add(free)
             chosen.append(free)

@@ -10,13 +10,15 @@ from typing import Final
 
 from expressgateway.l4.splice import Splice, can_splice
 from expressgateway.net.dial import Dialler
+from expressgateway.net.facts import Facts, State
 from expressgateway.net.listener import Caller, Census, Connection, Door, Listener, limited
 from expressgateway.net.reactor import Reactor
 from expressgateway.net.stream import READ_BYTES, Stream
 from expressgateway.net.tls import ServerTls
 from expressgateway.net.tls_stream import TlsStream
 from expressgateway.observe.counters import ListenerCounters
-from expressgateway.proxy.errors import reason_of_fault
+from expressgateway.proxy.backend_side import MOST_ATTEMPTS
+from expressgateway.proxy.errors import Reason, reason_of_fault
 from expressgateway.upstream.backend import Addresses, Backend
 from expressgateway.upstream.errors import Fault, UpstreamError
 from expressgateway.upstream.pool import Pool
@@ -42,8 +44,13 @@ class TcpListener(Listener):
     ) -> None:
         super().__init__(reactor, sock, door, census, counters)
         self.pool = pool
+        self.max_attempts = 0
+        """Backends tried for one connection; 0: as many as there are, up to ``MOST_ATTEMPTS``."""
         self.dialler = dialler
         self.tls = tls
+
+    def attempts_in(self, pool: Pool) -> int:
+        return self.max_attempts or min(len(pool.backends), MOST_ATTEMPTS)
 
     def admit(self, sock: socket.socket, caller: Caller) -> Connection:
         return Relay(self, sock, caller)
@@ -102,16 +109,21 @@ class Relay:
 
     __slots__ = (
         "_backend",
+        "_began",
         "_caller",
         "_client",
+        "_dialled_at",
         "_due",
         "_is_over",
+        "_is_queued",
         "_is_ready",
         "_listener",
         "_moved_at",
+        "_pool",
         "_splices",
-        "_tried",
         "_upstream",
+        "key",
+        "tried",
     )
 
     def __init__(self, listener: TcpListener, sock: socket.socket, caller: Caller) -> None:
@@ -129,12 +141,17 @@ class Relay:
             stream.is_ragged_eof_allowed = True
             self._client.stream = stream
         # Connection
-        now = listener.reactor.now
+        now = self._began = listener.reactor.now
         self._backend: Backend | None = None
-        self._tried: list[Backend] = []
+        self._pool = listener.pool
+        self.key: bytes | None = caller.ip.encode("ascii")
+        """What policies go by that want a key."""
+        self.tried: list[Backend] = []
+        self._is_queued = False  # for room in the pool
         self._is_ready = False  # both sides are open
         self._is_over = False
         self._due = now + listener.door.handshake_timeout_s  # seconds: TLS is done, then connected, by then
+        self._dialled_at = 0.0
         self._moved_at = now
         self._splices: dict[int, Splice] = {}  # by direction
 
@@ -145,6 +162,11 @@ class Relay:
     @property
     def addresses(self) -> Addresses:
         return (self._caller.ip, self._caller.port), self._caller.local
+
+    def facts(self) -> Facts:
+        state = State.CLOSING if self._is_over else State.ACTIVE if self._is_ready else State.OPENING
+        protocol = "tcp" if self._listener.tls is None else "tls"
+        return Facts(protocol, self._caller.ip, self._caller.port, self._began, None, state)
 
     # -- opening ---------------------------------------------------------------------------------------
 
@@ -157,40 +179,83 @@ class Relay:
                 stream.tls.version() or "", bool(stream.tls.session_reused), "ok"
             )
         stream.pause()
-        self._choose(UpstreamError(self._listener.pool.empty_fault))
-
-    def _choose(self, error: UpstreamError) -> None:
-        """Dial the next backend; with none left the client is closed, for the last ``error``."""
-        listener = self._listener
-        backend = listener.pool.pick(None, self._tried)
-        if backend is None:
-            listener.counters.relay_errors.add(reason_of_fault(error.fault).value)
-            limited.warning("relay", listener.counters.name, f"a connection had no backend: {error.detail}")
-            self.reset()
+        pool = self._pool = self._listener.pool
+        backend = pool.pick_session(self.key)
+        if backend is not None:
+            self.on_turn(backend)
             return
+        fault = pool.why_none()
+        if fault is Fault.SATURATED and pool.wait(self):
+            self._is_queued = True
+            return
+        self._give_up(UpstreamError(fault))
+
+    def _give_up(self, error: UpstreamError) -> None:
+        """There is no backend to be had: the client is closed."""
+        listener = self._listener
+        listener.counters.relay_errors.add(reason_of_fault(error.fault).value)
+        limited.warning("relay", listener.counters.name, f"a connection had no backend: {error.detail}")
+        self.reset()
+
+    def on_turn(self, backend: Backend) -> None:
+        """Dial this backend."""
+        self._is_queued = False
+        listener = self._listener
         self._backend = backend
-        backend.in_flight += 1
+        backend.begin()
+        backend.opened()
         backend.leases += 1
-        self._due = listener.reactor.now + listener.dialler.connect_timeout_s
+        self._dialled_at = listener.reactor.now
+        self._due = self._dialled_at + listener.dialler.connect_timeout_s
         try:
             self._upstream.stream = listener.dialler.dial(backend, self._upstream, self.addresses)
         except OSError as failure:
-            self._backend_failed(UpstreamError(Fault.OVER_CAPACITY, failure.strerror or ""))
+            self._leave_backend()
+            self._give_up(UpstreamError(Fault.OVER_CAPACITY, failure.strerror or ""))
             return
         stream = self._upstream.stream
         if isinstance(stream, TlsStream):
             stream.is_ragged_eof_allowed = True
 
+    def on_turn_lost(self) -> None:
+        self._is_queued = False
+        self._listener.counters.relay_errors.add(Reason.QUEUE_TIMEOUT.value)
+        self.reset()
+
     def _backend_failed(self, error: UpstreamError) -> None:
-        backend = self._leave_backend()
+        """Dial the next one; with none left the client is closed."""
+        pool = self._pool
+        other = None
+        backend, self._backend = self._backend, None
         if backend is not None:
+            backend.closed()
             backend.connect_failures += 1
             backend.responses[0] += 1
-            self._tried.append(backend)
-        self._choose(error)
+            pool.failed(backend, error.detail)
+            self.tried.append(backend)
+            try:
+                if len(self.tried) < self._listener.attempts_in(pool):
+                    other = pool.pick_instead(self.key, self.tried)
+            finally:
+                backend.end()
+        if other is None:
+            self._give_up(error)
+            return
+        pool.retries.add("connect")
+        self.on_turn(other)
 
     def on_backend_open(self) -> None:
         self._is_ready = True
+        backend = self._backend
+        if backend is not None:
+            backend.succeeded()
+            now = self._listener.reactor.now
+            took_s = now - self._dialled_at
+            backend.connect_durations.observe(took_s)
+            if self._pool.measuring is not None:
+                self._pool.measuring.observe(backend, took_s, now)
+            if self._pool.sessions is not None and self.key is not None:
+                self._pool.sessions.bind(self.key, backend)
         self._moved_at = self._listener.reactor.now
         if self._client.stream is not None:
             self._client.stream.resume()
@@ -233,7 +298,12 @@ class Relay:
             if stream is not None:
                 self._backend_failed(self._listener.dialler.explain(stream, error))
             return
-        if not self._is_ready and isinstance(side.stream, TlsStream) and self._backend is None:
+        if (
+            not self._is_ready
+            and isinstance(side.stream, TlsStream)
+            and self._backend is None
+            and not self._is_queued
+        ):
             self._listener.counters.handshake("", False, "failed")
             limited.warning("tls_failed", self._caller.ip, f"TLS handshake failed: {error}")
         elif self._is_ready:
@@ -246,20 +316,27 @@ class Relay:
             backend = self._leave_backend()
             if backend is not None and self._is_ready:
                 backend.responses[2] += 1
+            if self._client.stream is not None and self._client.stream.is_closed:
+                self._listener.forget(self)
         elif side is self._client:
             for splice in self._splices.values():
                 splice.close()
-            self._listener.forget(self)
+            if self._backend is None:  # else it still has to take what is left, and the sweep watches over it
+                self._listener.forget(self)
 
     def _leave_backend(self) -> Backend | None:
         backend, self._backend = self._backend, None
         if backend is not None:
-            backend.in_flight -= 1
+            backend.closed()
+            backend.end()
         return backend
 
     def reset(self) -> None:
         """End both sides at once."""
         self._is_over = True
+        if self._is_queued:
+            self._is_queued = False
+            self._pool.queue.leave(self)
         for side in (self._upstream, self._client):
             if side.stream is not None:
                 side.stream.reset()
@@ -277,7 +354,7 @@ class Relay:
                     side.stream.sweep(now)
             return
         if not self._is_ready:
-            if now < self._due:
+            if now < self._due or self._is_queued:
                 return
             if self._backend is None:
                 self._listener.counters.handshake("", False, "timeout")

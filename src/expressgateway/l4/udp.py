@@ -6,7 +6,8 @@ on; answers leave by the listener's own socket, from the address the client had 
 
 UDP may lose datagrams, and so may we; nothing is queued here. What a socket's buffer does not take is dropped
 and counted. A flow ends when no datagram has come either way for ``IDLE_S``. A backend that ICMP says is gone
-loses the flow: the next datagram goes to another one. One that a reload took away, or gave the weight 0,
+loses the flow, and so does one that health says is down: the next datagram goes to another one. One that a
+reload took away, or that is draining or has the weight 0,
 keeps the flows it has until they are idle, and gets no new ones.
 
 Each flow needs a descriptor and a local port of the machine (``net.ipv4.ip_local_port_range``): when either
@@ -17,9 +18,18 @@ import errno
 import logging
 import socket
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Final
 
-from expressgateway.l4.datagram import MAX_DATAGRAM_BYTES, Control, LocalAddress, reason_of
+from expressgateway.net.datagram import (
+    MAX_DATAGRAM_BYTES,
+    Control,
+    LocalAddress,
+    has_come,
+    reason_of,
+    stand_in,
+)
+from expressgateway.net.facts import Facts, State, Told
 from expressgateway.net.listener import Census, limited, plain_ip
 from expressgateway.net.reactor import IN, Reactor
 from expressgateway.observe.counters import ListenerCounters
@@ -36,6 +46,7 @@ FROM_BACKEND: Final = 1
 RECEIVE_BUFFER_BYTES: Final = 4 * 2**20  # of the listener's socket, which all clients share; kernel memory
 
 _GRAIN_S: Final = 1.0  # how exactly a flow's last datagram is remembered
+_LAST_READS: Final = 256  # of so many datagrams each
 _RECEIVES: Final = 64  # datagrams per event: other sockets want their turn, too
 _REAPS: Final = 4096  # flows closed per sweep: some 50 ms; the rest is closed by the next
 _ROUNDS: Final = 3  # backends tried for one datagram
@@ -89,17 +100,35 @@ class UdpListener:
         self._is_reading = True
         self.reactor.add(self._sock.fileno(), IN, self._on_ready)
 
-    def stop(self) -> None:
+    def stop(self, *, hands_over: bool = False) -> None:
         """Take what is in the queue already, then no new flow. The socket stays open while there are
-        flows: they go on in both directions. Idempotent."""
+        flows: they go on in both directions. Idempotent.
+
+        ``hands_over``: another worker reads the socket from now on, and begins flows of its own for what
+        comes; this one's go on towards the clients."""
         if self._is_stopped:
             return
-        if self._is_reading:
+        if hands_over:
+            self._stop_reading()
+        elif self._is_reading:
             self._on_ready(0)
         self._is_draining = True
         self._is_stopped = True
         if not self._flows:
             self._close()
+
+    def leave_group(self, other: socket.socket) -> None:
+        """Take what is in the queue, then read no more, and send through ``other``: it is bound to the same
+        address, and another worker reads it. Clients' datagrams begin flows there; backends' answers to this
+        one's flows still leave."""
+        if not self._is_reading:
+            return
+        for _ in range(_LAST_READS):
+            if not has_come(self._sock):
+                break
+            self._on_ready(0)
+        self._stop_reading()
+        stand_in(self._sock, other)
 
     def drain(self, jitter_s: float = 0.0) -> None:
         """No new flows, whatever the jitter. No datagram tells whether another follows: flows go on."""
@@ -130,10 +159,16 @@ class UdpListener:
     def open(self) -> int:
         return len(self._flows)
 
-    def _close(self) -> None:
+    def told(self) -> Iterable[Told]:
+        return self._flows.values()
+
+    def _stop_reading(self) -> None:
         if self._is_reading:
             self._is_reading = False
             self.reactor.remove(self._sock.fileno())
+
+    def _close(self) -> None:
+        self._stop_reading()
         self._sock.close()
 
     # -- from clients ----------------------------------------------------------------------------------
@@ -226,6 +261,7 @@ class Flow:
 
     __slots__ = (
         "_backend",
+        "_began",
         "_is_answered",
         "_listener",
         "_sock",
@@ -248,12 +284,16 @@ class Flow:
         self.control = control
         """What makes replies come from the address that the client sent to."""
         # Connection
-        self.seen_at = listener.reactor.now
+        self.seen_at = self._began = listener.reactor.now
         """When there was a datagram, in seconds; up to ``_GRAIN_S`` too early."""
         self._sock: socket.socket | None = None
         self._backend: Backend | None = None
         self._is_answered = False  # by this backend
         self._tried: list[Backend] = []  # gone since one of them answered last; at most the pool
+
+    def facts(self) -> Facts:
+        state = State.ACTIVE if self._is_answered else State.OPENING
+        return Facts("udp", self.ip, self.address[1], self._began, None, state)
 
     # -- the backend -----------------------------------------------------------------------------------
 
@@ -264,7 +304,7 @@ class Flow:
         pool = listener.pool
         client = self.ip.encode("ascii")
         for attempt in range(_ROUNDS):
-            backend = pool.pick(client, self._tried)
+            backend = pool.pick_session(client, self._tried)
             if backend is None and attempt == 0 and self._tried:
                 # Every backend was gone at some time: begin again, one may have come back.
                 self._tried.clear()
@@ -291,11 +331,12 @@ class Flow:
             self._sock = sock
             self._backend = backend
             self._is_answered = False
-            backend.in_flight += 1
+            backend.begin()
+            backend.opened()
             backend.leases += 1
             return True
         if not self._tried:
-            counters.relay_errors.add(reason_of_fault(pool.empty_fault).value)
+            counters.relay_errors.add(reason_of_fault(pool.why_none()).value)
             limited.warning("relay", counters.name, "a flow had no backend")
         counters.dropped.add("no_backend")
         return False
@@ -318,6 +359,7 @@ class Flow:
         refused = error.errno == errno.ECONNREFUSED
         reason = reason_of_fault(Fault.REFUSED if refused else Fault.UNREACHABLE).value
         backend.connect_failures += 1
+        self._listener.pool.failed(backend, reason.replace("_", " "))
         self._tried.append(backend)
         counters = self._listener.counters
         counters.relay_errors.add(reason)
@@ -340,7 +382,8 @@ class Flow:
         sock, self._sock = self._sock, None
         backend, self._backend = self._backend, None
         if backend is not None:
-            backend.in_flight -= 1
+            backend.closed()
+            backend.end()
             backend.responses[2 if self._is_answered else 0] += 1
         if sock is not None:
             self._listener.reactor.remove(sock.fileno())
@@ -351,6 +394,8 @@ class Flow:
     def send(self, data: bytes) -> None:
         """A datagram of the client. Never raises ``OSError``."""
         counters = self._listener.counters
+        if self._backend is not None and self._backend.is_down:
+            self._leave_backend()
         for _ in range(_ROUNDS):
             if self._sock is None and not self.open():
                 return
@@ -396,7 +441,17 @@ class Flow:
             if not self._is_answered:
                 self._is_answered = True
                 self._tried.clear()
+                self._note_answer()
             listener.reply(self, data)
+
+    def _note_answer(self) -> None:
+        """The backend is there."""
+        backend = self._backend
+        if backend is not None:
+            backend.succeeded()
+            sessions = self._listener.pool.sessions
+            if sessions is not None:
+                sessions.bind(self.ip.encode("ascii"), backend)
 
     # -- the end ---------------------------------------------------------------------------------------
 

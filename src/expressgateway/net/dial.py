@@ -49,6 +49,14 @@ class Dialler:
         self.connect_timeout_s = other.connect_timeout_s
         self.contexts = other.contexts
 
+    def adopt(self, settings: TlsSettings, other: "Dialler") -> None:
+        """Have a context, from ``other`` if that has it. Raises ``TlsConfigError``."""
+        known = other.contexts.get(settings)
+        if known is not None:
+            self.contexts[settings] = known
+        else:
+            self.context_for(settings)
+
     def context_for(self, settings: TlsSettings) -> ssl.SSLContext:
         """Raises ``TlsConfigError``; built when the configuration is applied, not at the first dial."""
         context = self.contexts.get(settings)

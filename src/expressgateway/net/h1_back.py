@@ -32,6 +32,7 @@ class H1Connection(StreamShell):
         "_is_receiving",
         "_is_unsent",
         "_mark",
+        "begun_at",
         "codec",
         "due",
         "idle_since",
@@ -47,7 +48,8 @@ class H1Connection(StreamShell):
         self.waiter: Waiter | None = waiter
         # Connection
         self.is_open = False
-        self.due = due  # seconds: connected by then
+        self.begun_at = group.reactor.now  # seconds, as all times here
+        self.due = due  # connected by then
         self.idle_since = 0.0
         self._is_closing = False
         # Exchange
@@ -74,6 +76,8 @@ class H1Connection(StreamShell):
 
     def on_open(self) -> None:
         self.is_open = True
+        group = self._group
+        group.backend.connect_durations.observe(group.reactor.now - self.begun_at)
         waiter = self.waiter
         if waiter is None:  # it gave up meanwhile: a fresh connection is worth keeping
             self._keep_or_close()
@@ -151,6 +155,8 @@ class H1Connection(StreamShell):
                 stream.write(out)
 
     def was_delivered(self) -> bool:
+        if self._is_unsent:
+            return False
         return self.stream is None or self.stream.was_delivered(self._mark)
 
     def exchange_done(self, is_reusable: bool) -> None:
@@ -248,6 +254,7 @@ class H1Connections:
     def lease(self, waiter: Waiter, fresh: bool = False) -> H1Client | None:
         idle = self._idle
         if idle and not fresh:
+            self.backend.resumed()
             return idle.pop().begin(waiter)
         due = self.reactor.now + self.dialler.connect_timeout_s
         connection = H1Connection(self, waiter, due)
@@ -259,6 +266,7 @@ class H1Connections:
             return None
         self._everyone.add(connection)
         self.waiting[waiter] = connection
+        self.backend.opened()
         return None
 
     def cancel(self, waiter: Waiter) -> None:
@@ -273,18 +281,23 @@ class H1Connections:
         else:
             connection.idle_since = self.reactor.now
             self._idle.append(connection)
+            self.backend.rested()
 
     def drop_idle(self, connection: H1Connection) -> None:
         if connection in self._idle:
             self._idle.remove(connection)
+            self.backend.resumed()  # until it is closed
 
     def forget(self, connection: H1Connection) -> None:
         self.drop_idle(connection)
-        self._everyone.discard(connection)
+        if connection in self._everyone:
+            self._everyone.remove(connection)
+            self.backend.closed()
 
     def sweep(self, now: float) -> None:
         idle = self._idle
         while idle and now - idle[0].idle_since > _idle_limit(idle[0].codec.keep_alive_hint):
+            self.backend.resumed()  # until it is closed
             idle.pop(0).close()
         for connection in list(self._everyone):
             connection.sweep(now)
@@ -293,6 +306,10 @@ class H1Connections:
         self._is_leaving = True
         for connection in list(self._idle):
             connection.close()
+
+    @property
+    def has_room(self) -> bool:
+        return bool(self._idle)
 
     @property
     def idle(self) -> int:

@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING, Final
 
+from expressgateway.net.facts import Facts, State, of_peer
 from expressgateway.net.h1_shell import StreamShell
 from expressgateway.proxy.errors import DeadlineError, Reason
 from expressgateway.proxy.exchange import Exchange
 from expressgateway.proxy.forwarding import Peer
+from expressgateway.proxy.traced import open_exchange
 from expressgateway.wire.errors import WireError
 from expressgateway.wire.h1.server import DISCARD, HEAD, IDLE, H1Server
 from expressgateway.wire.head import RequestHead
@@ -94,7 +96,8 @@ class H1FrontConnection(StreamShell):
         self.codec.receive_reset()
 
     def on_released(self) -> None:
-        if self.exchange is not None:  # the safety net closed it: the exchange must hear of that
+        exchange, self.exchange = self.exchange, None
+        if exchange is not None:  # if the safety net closed it, the exchange must hear of that
             self.codec.receive_reset()
         self._listener.forget(self)
 
@@ -122,7 +125,7 @@ class H1FrontConnection(StreamShell):
             # over that would reset the connection and with it this answer (RFC 9112 9.6).
             self._ends_linger = not self.codec.close_after
             self.codec.close_after = True
-        exchange = Exchange(service, stream, self.peer)
+        exchange = open_exchange(service, stream, self.peer)
         self.exchange = exchange
         return exchange
 
@@ -197,8 +200,12 @@ class H1FrontConnection(StreamShell):
         self._is_draining = True
         if self.codec.writing is IDLE:
             self.codec.close_after = True
+        if self.stream is None or self.stream.is_shaking_hands:
+            return
         if self.codec.is_idle:
             self._close_if_idle(self._listener.reactor.now)
+        elif self.exchange is not None:
+            self.exchange.leave()
 
     def _close_if_idle(self, now: float) -> None:
         limit_s = self._listener.service.timeouts.idle
@@ -228,7 +235,7 @@ class H1FrontConnection(StreamShell):
             if now - self._idle_since > self._listener.handshake_timeout_s:
                 self._listener.handshake_failed(self, "timeout")
                 stream.reset()
-        elif unsent and now - self._moved_at > timeouts.body:
+        elif unsent and now - self._moved_at > self._body_timeout_s():
             self._slow_reader()
         elif self.exchange is not None:
             self.exchange.sweep(now)
@@ -241,6 +248,10 @@ class H1FrontConnection(StreamShell):
         else:
             self._close_if_idle(now)
 
+    def _body_timeout_s(self) -> float:
+        exchange = self.exchange
+        return self._listener.service.timeouts.body if exchange is None else exchange.body_timeout_s
+
     def _slow_reader(self) -> None:
         exchange = self.exchange
         if exchange is not None:
@@ -249,6 +260,14 @@ class H1FrontConnection(StreamShell):
             self._listener.service.counters.errors.add(Reason.SLOW_READER.value)
             self._listener.service.security_event("slow_reader", self.peer, "the client does not read")
         self.reset()
+
+    def facts(self) -> Facts:
+        state = State.IDLE if self.exchange is None else State.ACTIVE
+        if self._is_closing:
+            state = State.CLOSING
+        elif self.stream is None or self.stream.is_shaking_hands:
+            state = State.OPENING
+        return of_peer(self.peer, "HTTP/1.1", self._exchanges, state)
 
     def __repr__(self) -> str:
         return f"<H1FrontConnection {self.peer.ip.decode('ascii')} {self.codec!r} {self.exchange!r}>"

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from expressgateway.net.dial import tune
+from expressgateway.net.facts import Facts, State, Told
+from expressgateway.net.no_syn import drop_new
 from expressgateway.net.reactor import IN, Reactor
 from expressgateway.observe.counters import ListenerCounters
 from expressgateway.observe.logs import Limited
@@ -49,6 +51,7 @@ class Connection(Protocol):
     def sweep(self, now: float) -> None: ...
     def drain(self) -> None: ...
     def go_away(self) -> None: ...
+    def facts(self) -> Facts: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +111,20 @@ class Listener:
         tune(self._sock)  # accepted sockets inherit it
         self.reactor.add(self._sock.fileno(), IN, self._on_ready)
 
-    def stop(self) -> None:
+    def stop(self, *, hands_over: bool = False) -> None:
         """Accept what is in the queue already, then close. Established connections go on.
 
         The supervisor holds a copy of the descriptor: only ``shutdown`` makes the kernel refuse what comes
-        later, instead of queueing it for nobody.
+        later, instead of queueing it for nobody. ``hands_over``: another worker accepts at the same socket,
+        and what is in the queue is left to it.
         """
-        if self._is_accepting:
+        if self._is_accepting and hands_over:
+            self._is_accepting = False
+            self.reactor.remove(self._sock.fileno())
+        elif self._is_accepting:
             self._is_accepting = False
             self._is_draining = False
+            drop_new(self._sock)
             for _ in range(_LAST_ACCEPTS):
                 if self._accept():
                     break
@@ -164,6 +172,9 @@ class Listener:
 
     def connections(self) -> Iterable[Connection]:
         return self._connections.keys()
+
+    def told(self) -> Iterable[Told]:
+        return self._connections
 
     # -- accepting -------------------------------------------------------------------------------------
 
@@ -231,6 +242,8 @@ class Listener:
         self._connections[connection] = ip
         try:
             connection.begin()
+            if self._is_draining:  # it was introduced after the others had been asked
+                connection.drain()
         except Exception:  # noqa: BLE001 - the safety net, as in the reactor: this connection only
             self.reactor.fault(connection.begin)
 
@@ -252,6 +265,10 @@ class Listener:
             return
         self._take(self.admit(sock, caller), caller.ip)
 
+    def succeed(self, connection: Connection, other: Connection) -> None:
+        """From now on ``other`` is what this connection is: another protocol on the same descriptor."""
+        self._connections[other] = self._connections.pop(connection)
+
     def forget(self, connection: Connection) -> None:
         """The connection's descriptor is closed."""
         ip = self._connections.pop(connection, None)
@@ -263,13 +280,14 @@ class Listener:
 class _Introduction:
     """Waits for a PROXY header in front of anything else. Reads not one byte beyond it."""
 
-    __slots__ = ("_caller", "_due", "_listener", "_sock")
+    __slots__ = ("_began", "_caller", "_due", "_listener", "_sock")
 
     def __init__(self, listener: Listener, sock: socket.socket, caller: Caller) -> None:
         self._listener = listener
         self._sock = sock
         self._caller = caller
-        self._due = listener.reactor.now + listener.door.handshake_timeout_s
+        self._began = listener.reactor.now
+        self._due = self._began + listener.door.handshake_timeout_s
 
     def begin(self) -> None:
         self._listener.reactor.add(self._sock.fileno(), IN, self._on_ready)
@@ -320,8 +338,12 @@ class _Introduction:
         if now >= self._due:
             self._refuse("proxy_header_timeout")
 
+    def facts(self) -> Facts:
+        """The proxy's: who it speaks for is to come."""
+        return Facts("tcp", self._caller.ip, self._caller.port, self._began, None, State.OPENING)
+
     def drain(self) -> None:
-        self.go_away()
+        """It has until the header is due. Whoever comes then is asked to leave."""
 
     def go_away(self) -> None:
         self._listener.reactor.remove(self._sock.fileno())

@@ -23,6 +23,7 @@ IN: Final = select.EPOLLIN | select.EPOLLRDHUP
 OUT: Final = select.EPOLLOUT
 
 _BATCH: Final = 512  # events taken at once; the rest is reported again
+_ROUNDS: Final = 64  # of flushes in a batch; a flush may wake others
 
 Handler = Callable[[int], None]
 
@@ -124,14 +125,20 @@ class Reactor:
         self._is_running = False
 
     def _flush(self) -> None:
-        while self._woken:
+        for _ in range(_ROUNDS):
             woken = self._woken
+            if not woken:
+                return
             self._woken = []
             for flushable in woken:
                 try:
                     flushable.flush()
                 except Exception:  # noqa: BLE001 - as above
                     self.fault(flushable.flush)
+        if self._woken and not self._is_flushing_later:
+            # Somebody's flush wakes it again and again: that must not keep all others from being served.
+            self._is_flushing_later = True
+            self._loop.call_soon(self._flush_later)
 
     def fault(self, handler: Callable[..., None]) -> None:
         """For an ``except``: count and log the error, and reset whose bound method raised it."""

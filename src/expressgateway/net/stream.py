@@ -35,6 +35,7 @@ _EPOLLIN: Final = select.EPOLLIN
 _PARKED: Final = -1  # the descriptor is not in the reactor: see _hung_up
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close() sends RST
 _TCP_INFO_BYTES_ACKED: Final = 120  # offset of tcpi_bytes_acked in struct tcp_info, Linux 4.1 and later
+_TCP_INFO_BYTES_RECEIVED: Final = 128  # of tcpi_bytes_received
 
 
 class StreamOwner(Protocol):
@@ -415,24 +416,37 @@ class Stream:
 
     def acked(self) -> int:
         """Bytes that the peer's kernel has acknowledged so far, the SYN counted as one; -1 if unknown."""
+        return self._tcp_count(_TCP_INFO_BYTES_ACKED)
+
+    def _tcp_count(self, offset: int) -> int:
+        """A counter of struct tcp_info; -1 if it cannot be had."""
         try:
             info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-            (acked,) = struct.unpack_from("Q", info, _TCP_INFO_BYTES_ACKED)
+            (count,) = struct.unpack_from("Q", info, offset)
         except (OSError, struct.error):
             return -1
-        return int(acked)
+        return int(count)
+
+    def has_fin_come(self) -> bool:
+        """Whether the peer has ended its sending side, even if a reset came before we could read that.
+
+        The kernel counts a FIN as a byte received, as it takes one number of the sequence (RFC 9293 3.4).
+        """
+        return self._is_eof or self._tcp_count(_TCP_INFO_BYTES_RECEIVED) == self.bytes_in + 1
 
     def delivery_mark(self) -> int:
         """Where the peer's acknowledgements stand now, when all that was sent before is answered."""
         return self.bytes_out + 1
 
     def was_delivered(self, mark: int) -> bool:
-        """Whether the peer's kernel acknowledged anything sent after ``mark``.
+        """Whether a program may have seen anything sent after ``mark``.
 
-        A connection that the peer had closed before our bytes came answers them with RST and acknowledges
-        none: such a request was certainly never seen by a program, whatever its method.
+        A connection that the peer had closed before our bytes came has ended with FIN, which acknowledges all
+        that was read until then, and answers the rest with RST: whatever that was, no program has seen it.
+        Without a FIN nobody knows: what is acknowledged by an RST the kernel does not count, and a program
+        that has read a request may well reset the connection before its kernel has acknowledged it otherwise.
         """
-        acked = -1 if self.is_closed else self.acked()
+        acked = -1 if self.is_closed or not self.has_fin_come() else self.acked()
         return acked < 0 or acked > mark
 
     # -- closing ---------------------------------------------------------------------------------------

@@ -29,10 +29,8 @@ are worth most to TLS 1.2 and RSA.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import ipaddress
-import os
 import re
 import ssl
 import sys
@@ -40,10 +38,12 @@ from _ssl import _test_decode_cert  # type: ignore[attr-defined]  # typeshed lea
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, cast
 
+from expressgateway.memory_file import as_file
+from expressgateway.net.stapling import StaplingUnavailable, staple
 from expressgateway.net.tickets import TicketKey, install_ticket_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
 ClientAuth = Literal["none", "optional", "required"]
 Connection = ssl.SSLSocket | ssl.SSLObject
@@ -72,6 +72,8 @@ class CertificatePair(NamedTuple):
     cert_pem: bytes
     key_pem: bytes
     label: str = ""
+    ocsp: bytes = b""
+    """An OCSP response (DER) to be stapled; empty: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,7 @@ class ServerTls:
     Raises TlsConfigError.
     """
 
-    __slots__ = ("_hosts", "_scope", "certificates", "context", "is_tickets_rotating")
+    __slots__ = ("_hosts", "_scope", "certificates", "context", "is_tickets_rotating", "unstapled")
 
     def __init__(
         self,
@@ -257,6 +259,8 @@ class ServerTls:
             for at, pair in enumerate(certificates, 1)
         ]
         self.certificates: tuple[CertificateFacts, ...] = tuple(_facts(pair) for pair in pairs)
+        self.unstapled = ""
+        """Why OCSP responses that were given are not stapled; empty: they are."""
         version = ssl.TLSVersion.TLSv1_3 if tls13_only else _version(min_version)
 
         def make(host: Sequence[CertificatePair]) -> ssl.SSLContext:
@@ -270,6 +274,11 @@ class ServerTls:
                     # Alone first: beside an RSA certificate OpenSSL would take its key for the ECDSA one's.
                     _load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), pair)
                 _load_pair(context, pair)
+                if pair.ocsp:
+                    try:
+                        staple(context, _leaf_der(pair), pair.ocsp)
+                    except StaplingUnavailable as error:
+                        self.unstapled = str(error)
             if client_ca_pem is not None:
                 _load_ca(context, client_ca_pem, "the client CA")
                 context.verify_mode = ssl.CERT_REQUIRED if client_auth == "required" else ssl.CERT_OPTIONAL
@@ -462,18 +471,6 @@ def _check_ciphers(ciphers: str) -> None:
             )
 
 
-@contextlib.contextmanager
-def _as_file(content: bytes) -> Iterator[str]:
-    """A path that OpenSSL can open and nobody else can: the file is in memory and goes when we are done."""
-    descriptor = os.memfd_create("tls")
-    try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(content)
-        yield f"/proc/self/fd/{descriptor}"
-    finally:
-        os.close(descriptor)
-
-
 def _facts(pair: CertificatePair) -> CertificateFacts:
     label = pair.label or "the certificate"
     blocks = re.findall(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", pair.cert_pem, re.DOTALL)
@@ -488,7 +485,7 @@ def _facts(pair: CertificatePair) -> CertificateFacts:
         der = ssl.PEM_cert_to_DER_cert(blocks[0].decode("ascii"))
         # Reads a certificate as getpeercert() does. Private, and there since Python 2.6; the public ways are
         # another 80 ms and 11 MB per worker (cryptography) or a handshake with ourselves.
-        with _as_file(blocks[0] + b"\n") as path:
+        with as_file(blocks[0] + b"\n") as path:
             decoded = _test_decode_cert(path)
         names = [
             host_name(value) if kind == "DNS" else ipaddress.ip_address(value.strip()).compressed
@@ -504,6 +501,13 @@ def _facts(pair: CertificatePair) -> CertificateFacts:
         is_ecdsa=_EC_PUBLIC_KEY in der,
         label=label,
     )
+
+
+def _leaf_der(pair: CertificatePair) -> bytes:
+    """Of a pair whose facts were read."""
+    leaf, end, _ = pair.cert_pem.partition(b"-----END CERTIFICATE-----")
+    begin = leaf.rindex(b"-----BEGIN CERTIFICATE-----")
+    return ssl.PEM_cert_to_DER_cert((leaf[begin:] + end).decode("ascii"))
 
 
 _EC_PUBLIC_KEY: Final = bytes.fromhex("06072a8648ce3d0201")
@@ -533,7 +537,7 @@ def _load_pair(context: ssl.SSLContext, pair: CertificatePair) -> None:
     if b"PRIVATE KEY-----" not in pair.key_pem:
         raise TlsConfigError(f"the key for {label} is not in PEM form (-----BEGIN PRIVATE KEY-----)")
     try:
-        with _as_file(pair.cert_pem) as cert_path, _as_file(pair.key_pem) as key_path:
+        with as_file(pair.cert_pem) as cert_path, as_file(pair.key_pem) as key_path:
             # Without a callback OpenSSL would ask for the passphrase on the terminal.
             context.load_cert_chain(cert_path, key_path, _refuse_passphrase)
     except _PassphraseAskedError:

@@ -15,7 +15,7 @@ from expressgateway.net.tls_end import Ended, send_close_notify
 _RECORD_BYTES: Final = 16384  # RFC 8446 5.1: the most plaintext in one record
 _RECORDS: Final = 8  # read at once while each is full
 _TCP_CLOSE: Final = 7  # tcpi_state after RST; FIN leaves it at CLOSE_WAIT
-_COALESCE_BYTES: Final = 16384  # small buffers are joined into one record up to this
+_COALESCE_BYTES: Final = 65_536  # buffers are joined until there is so much
 
 
 def is_ragged_eof(error: OSError) -> bool:
@@ -184,16 +184,17 @@ class TlsStream(Stream):
         return sent
 
     def _send_many(self) -> int:
-        # One record for many small buffers. What was joined stays joined in the backlog, because a write
-        # that OpenSSL could not finish must be repeated with the same bytes.
+        # Full records of small buffers, and of frames with their heads, which would be records of their own.
+        # What was joined stays joined in the backlog, because a write that OpenSSL could not finish must be
+        # repeated with the same bytes.
         backlog = self._backlog
         total = 0
         count = 0
         for buffer in backlog:
-            if total + len(buffer) > _COALESCE_BYTES:
-                break
             total += len(buffer)
             count += 1
+            if total >= _COALESCE_BYTES:
+                break
         if count > 1:
             joined = memoryview(b"".join(backlog.popleft() for _ in range(count)))
             backlog.appendleft(joined)

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from expressgateway.observe.log_stream import LineStream
+
 _WINDOW_S: Final = 60.0
 _MAX_SOURCES: Final = 4096  # sources remembered per window; more share one place
 
@@ -52,7 +54,7 @@ class TextFormatter(JsonFormatter):
 
 def configure(process: str) -> None:
     """Set the root logger up from the environment. ``process`` names the writer in every line."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _handler()
     form = os.environ.get("LB_LOG_FORMAT", "json")
     handler.setFormatter(TextFormatter(process) if form == "text" else JsonFormatter(process))
     root = logging.getLogger()
@@ -67,12 +69,38 @@ def configure(process: str) -> None:
         root.warning("LB_LOG_FORMAT is neither json nor text; json is used")
 
 
+LEVELS: Final = ("debug", "info", "warning", "error")
+
+
+def set_level(name: str) -> None:
+    """What is logged from now on, by this process: one of ``LEVELS``. Raises ``ValueError`` for another."""
+    if name not in LEVELS:
+        raise ValueError(f"{name!r} is not a level")
+    logging.getLogger().setLevel(name.upper())
+
+
+def level() -> str:
+    """The level of this process: one of ``LEVELS``, the closest one below if it is another."""
+    set_to = logging.getLogger().getEffectiveLevel()
+    return next((name for name in reversed(LEVELS) if getattr(logging, name.upper()) <= set_to), LEVELS[0])
+
+
+def _handler() -> logging.Handler:
+    try:
+        return LineStream(sys.stderr.fileno())
+    except (AttributeError, OSError, ValueError):  # no file is behind it, or there is none
+        return logging.StreamHandler(sys.stderr)
+
+
 class Limited:
     """Rate-limited lines for what peers can cause: one per kind and source in a minute, then a summary."""
 
-    __slots__ = ("_begun", "_clock", "_held", "_log", "_shared", "_since")
+    __slots__ = ("_begun", "_clock", "_held", "_log", "_shared", "_since", "window_s")
 
-    def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, log: logging.Logger, clock: Callable[[], float] = time.monotonic, window_s: float = _WINDOW_S
+    ) -> None:
+        self.window_s = window_s
         self._log = log
         self._clock = clock
         self._since: dict[tuple[str, str], float] = {}
@@ -84,11 +112,11 @@ class Limited:
         now = self._clock()
         key = (kind, source)
         since = self._since.get(key)
-        if since is not None and now - since < _WINDOW_S:
+        if since is not None and now - since < self.window_s:
             self._held[kind] = self._held.get(kind, 0) + 1
             return
         if since is None and len(self._since) >= _MAX_SOURCES:
-            if now - self._begun < _WINDOW_S:
+            if now - self._begun < self.window_s:
                 self._others(kind, message, fields, now)
                 return
             self._since.clear()
@@ -100,7 +128,7 @@ class Limited:
     def _others(self, kind: str, message: str, fields: dict[str, object], now: float) -> None:
         """A source too many: all of these share one line a minute and kind."""
         since = self._shared.get(kind)
-        if since is not None and now - since < _WINDOW_S:
+        if since is not None and now - since < self.window_s:
             self._held[kind] = self._held.get(kind, 0) + 1
             return
         self._shared[kind] = now  # kinds are a closed set

@@ -21,7 +21,7 @@ def own_answer(
     headers: list[Field] = service.forwarding.own(service.wall_s())
     headers.append((b"content-type", b"text/plain; charset=utf-8"))
     headers.append((b"x-request-id", request_id))
-    headers.append((b"proxy-status", _proxy_status(service.proxy_status_name, reason, detail)))
+    headers.append((b"proxy-status", proxy_status(service.proxy_status_name, reason, detail)))
     if status == 503:
         headers.append((b"retry-after", _RETRY_AFTER_S))
     elif status == 405:
@@ -29,7 +29,7 @@ def own_answer(
     return ResponseHead(status, tuple(headers), len(body)), body
 
 
-def _proxy_status(name: str, reason: Reason, detail: str) -> bytes:
+def proxy_status(name: str, reason: Reason, detail: str) -> bytes:
     """RFC 9209 2: who answers, the kind of error, and the detail as a quoted string (RFC 8941 3.3.3)."""
     quoted = "".join(char if " " <= char <= "~" and char not in '"\\' else "'" for char in detail)
     return f'{name}; error={proxy_status_of(reason)}; details="{quoted}"'.encode("ascii")

@@ -14,10 +14,14 @@ from expressgateway.wire.errors import (
     HeadTooLargeError,
     MalformedError,
     MethodError,
+    NotOfferedError,
     PeerClosedError,
+    SlowHeadError,
+    StreamResetError,
     TargetTooLongError,
     TrailerError,
     TruncatedError,
+    UnprocessedError,
     VersionError,
     WireError,
 )
@@ -38,12 +42,18 @@ class Reason(Enum):
     URI_TOO_LONG = "uri_too_long"
     BODY_TOO_LARGE = "body_too_large"
     MISDIRECTED = "misdirected"
+    UNSUPPORTED_MEDIA = "unsupported_media"
+    BAD_DEADLINE = "bad_deadline"
+    GRPC_DEADLINE = "grpc_deadline"
     SLOW_HEAD = "slow_head"
     SLOW_BODY = "slow_body"
     CLIENT_CLOSED = "client_closed"
     SLOW_READER = "slow_reader"
     # The gateway
+    NO_ROUTE = "no_route"
     OVER_CAPACITY = "over_capacity"
+    SATURATED = "saturated"
+    QUEUE_TIMEOUT = "queue_timeout"
     # The backend's side
     NO_BACKEND = "no_backend"
     BACKENDS_DOWN = "backends_down"
@@ -56,7 +66,9 @@ class Reason(Enum):
     BACKEND_RESET = "backend_reset"
     BACKEND_TRUNCATED = "backend_truncated"
     BACKEND_PROTOCOL = "backend_protocol"
+    BACKEND_UPGRADE = "backend_upgrade"
     BACKEND_HEAD_TOO_LARGE = "backend_head_too_large"
+    TRY_TIMEOUT = "try_timeout"
     HEAD_TIMEOUT = "head_timeout"
     TOTAL_TIMEOUT = "total_timeout"
     BODY_TIMEOUT = "body_timeout"
@@ -72,6 +84,7 @@ SECURITY_KINDS: Final = {
     Reason.URI_TOO_LONG: "uri_too_long",
     Reason.BODY_TOO_LARGE: "body_too_large",
     Reason.MISDIRECTED: "sni_fronting",
+    Reason.BAD_DEADLINE: "grpc_bad_deadline",
     Reason.SLOW_HEAD: "slow_head",
     Reason.SLOW_BODY: "slow_body",
     Reason.SLOW_READER: "slow_reader",
@@ -87,17 +100,23 @@ def status_of(reason: Reason) -> int:
             | Reason.SMUGGLING
             | Reason.BAD_AUTHORITY
             | Reason.BAD_PATH
+            | Reason.BAD_DEADLINE
             | Reason.FORBIDDEN_TRAILER
         ):
             return 400
+        case Reason.NO_ROUTE:
+            return 404
         case Reason.METHOD:
             return 405
-        case Reason.SLOW_HEAD | Reason.SLOW_BODY:
+        case Reason.SLOW_HEAD | Reason.SLOW_BODY | Reason.GRPC_DEADLINE:
+            # Of a call it is the caller who says how long it may take: no backend is to blame for that.
             return 408
         case Reason.BODY_TOO_LARGE:
             return 413
         case Reason.URI_TOO_LONG:
             return 414
+        case Reason.UNSUPPORTED_MEDIA:
+            return 415
         case Reason.MISDIRECTED:
             return 421
         case Reason.HEAD_TOO_LARGE:
@@ -114,12 +133,19 @@ def status_of(reason: Reason) -> int:
             | Reason.BACKEND_RESET
             | Reason.BACKEND_TRUNCATED
             | Reason.BACKEND_PROTOCOL
+            | Reason.BACKEND_UPGRADE
             | Reason.BACKEND_HEAD_TOO_LARGE
         ):
             return 502
-        case Reason.OVER_CAPACITY | Reason.BACKENDS_DOWN:
+        case Reason.OVER_CAPACITY | Reason.SATURATED | Reason.QUEUE_TIMEOUT | Reason.BACKENDS_DOWN:
             return 503
-        case Reason.CONNECT_TIMEOUT | Reason.HEAD_TIMEOUT | Reason.TOTAL_TIMEOUT | Reason.BODY_TIMEOUT:
+        case (
+            Reason.CONNECT_TIMEOUT
+            | Reason.TRY_TIMEOUT
+            | Reason.HEAD_TIMEOUT
+            | Reason.TOTAL_TIMEOUT
+            | Reason.BODY_TIMEOUT
+        ):
             return 504
         case Reason.VERSION:
             return 505
@@ -146,17 +172,19 @@ def proxy_status_of(reason: Reason) -> str:
             | Reason.URI_TOO_LONG
             | Reason.BODY_TOO_LARGE
             | Reason.MISDIRECTED
+            | Reason.UNSUPPORTED_MEDIA
+            | Reason.BAD_DEADLINE
             | Reason.SLOW_HEAD
             | Reason.SLOW_BODY
             | Reason.CLIENT_CLOSED
             | Reason.SLOW_READER
         ):
             return "http_request_error"
-        case Reason.NO_BACKEND:
+        case Reason.NO_ROUTE | Reason.NO_BACKEND:
             return "destination_not_found"
         case Reason.BACKENDS_DOWN:
             return "destination_unavailable"
-        case Reason.OVER_CAPACITY:
+        case Reason.OVER_CAPACITY | Reason.SATURATED | Reason.QUEUE_TIMEOUT:
             return "connection_limit_reached"
         case Reason.DNS:
             return "dns_error"
@@ -176,9 +204,13 @@ def proxy_status_of(reason: Reason) -> str:
             return "http_response_incomplete"
         case Reason.BACKEND_PROTOCOL:
             return "http_protocol_error"
+        case Reason.BACKEND_UPGRADE:
+            return "http_upgrade_failed"
         case Reason.BACKEND_HEAD_TOO_LARGE:
             return "http_response_header_section_size"
-        case Reason.HEAD_TIMEOUT | Reason.TOTAL_TIMEOUT | Reason.BODY_TIMEOUT:
+        case Reason.TRY_TIMEOUT | Reason.HEAD_TIMEOUT | Reason.TOTAL_TIMEOUT | Reason.BODY_TIMEOUT:
+            return "http_response_timeout"
+        case Reason.GRPC_DEADLINE:
             return "http_response_timeout"
     assert_never(reason)
 
@@ -200,6 +232,12 @@ def reason_of_fault(fault: Fault) -> Reason:
             return Reason.BACKEND_TLS
         case Fault.CERTIFICATE:
             return Reason.BACKEND_CERTIFICATE
+        case Fault.PROTOCOL:
+            return Reason.BACKEND_PROTOCOL
+        case Fault.DOWN:
+            return Reason.BACKENDS_DOWN
+        case Fault.SATURATED:
+            return Reason.SATURATED
         case Fault.OVER_CAPACITY:
             return Reason.OVER_CAPACITY
     assert_never(fault)
@@ -210,12 +248,15 @@ _CLIENT_ERRORS: dict[type[WireError], Reason] = {
     FramingError: Reason.SMUGGLING,
     AuthorityError: Reason.BAD_AUTHORITY,
     HeadTooLargeError: Reason.HEAD_TOO_LARGE,
+    SlowHeadError: Reason.SLOW_HEAD,
     TargetTooLongError: Reason.URI_TOO_LONG,
     VersionError: Reason.VERSION,
     MethodError: Reason.METHOD,
     TrailerError: Reason.FORBIDDEN_TRAILER,
     TruncatedError: Reason.CLIENT_CLOSED,
     PeerClosedError: Reason.CLIENT_CLOSED,
+    UnprocessedError: Reason.CLIENT_CLOSED,
+    StreamResetError: Reason.CLIENT_CLOSED,
     ContradictionError: Reason.BACKEND_PROTOCOL,  # it was the backend's body
 }
 
@@ -223,6 +264,9 @@ _BACKEND_ERRORS: dict[type[WireError], Reason] = {
     HeadTooLargeError: Reason.BACKEND_HEAD_TOO_LARGE,
     TruncatedError: Reason.BACKEND_TRUNCATED,
     PeerClosedError: Reason.BACKEND_RESET,
+    UnprocessedError: Reason.BACKEND_RESET,
+    StreamResetError: Reason.BACKEND_RESET,
+    NotOfferedError: Reason.BACKEND_UPGRADE,
 }
 
 

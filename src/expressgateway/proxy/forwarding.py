@@ -6,12 +6,12 @@ identity.
 """
 
 import ipaddress
-import os
 import re
 from collections.abc import Sequence
 from email.utils import formatdate
 from typing import Final
 
+from expressgateway.proxy.trace_context import Ids, read_parent, read_state
 from expressgateway.upstream.backend import Addresses
 from expressgateway.wire.head import (
     NO_FIELDS,
@@ -23,7 +23,6 @@ from expressgateway.wire.head import (
     SharedFields,
 )
 
-_TRACEPARENT: Final = re.compile(rb"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,200}")
 
@@ -70,6 +69,7 @@ class Peer:
 
     __slots__ = (
         "addresses",
+        "began",
         "ip",
         "is_trusted",
         "kept",
@@ -91,6 +91,7 @@ class Peer:
         scheme: bytes,
         sni: str | None = None,
         addresses: Addresses | None = None,
+        began: float = 0.0,
     ) -> None:
         self.ip = ip.encode("ascii")
         self.node = b'"[%s]"' % self.ip if ":" in ip else self.ip  # RFC 7239 6
@@ -98,6 +99,8 @@ class Peer:
         self.scheme = scheme
         self.sni = sni
         self.addresses = addresses
+        self.began = began
+        """When its connection did, by the reactor's clock."""
         # What ``Forwarding`` made of the last request: by which rules, of what, and the result.
         self.kept_by: Forwarding | None = None
         self.seen: Fields | None = None
@@ -106,29 +109,6 @@ class Peer:
         self.kept = NO_SHARED
         self.kept_request_id = b""
         self.kept_trace: Field | None = None
-
-
-class Ids:
-    """Request and span ids: unique over all workers and restarts, cheap, not secret."""
-
-    __slots__ = ("_next", "_prefix", "_trace_prefix")
-
-    def __init__(self) -> None:
-        self._prefix = os.urandom(6).hex().encode("ascii") + b"-"
-        self._trace_prefix = b"00-" + os.urandom(8).hex().encode("ascii")
-        self._next = int.from_bytes(os.urandom(4), "big")
-
-    def make(self) -> bytes:
-        """The next number, in 16 hexadecimal digits."""
-        self._next += 1
-        return b"%016x" % self._next
-
-    def request_id(self, number: bytes) -> bytes:
-        return self._prefix + number
-
-    def traceparent(self, number: bytes) -> bytes:
-        """A new trace, not sampled: whoever samples decides (W3C Trace Context 3.2)."""
-        return self._trace_prefix + number + b"-" + number + b"-00"
 
 
 class Forwarding:
@@ -191,7 +171,8 @@ class Forwarding:
         chain: list[bytes] = []
         forwarded: list[bytes] = []
         via: list[bytes] = []
-        states: list[Field] = []
+        parents: list[bytes] = []
+        states: list[bytes] = []
         proto = host = b""
         peer.kept_request_id = b""
         peer.kept_trace = None
@@ -207,11 +188,9 @@ class Forwarding:
             elif name == b"via":
                 via.append(field[1])
             elif name == b"tracestate":
-                states.append(field)
+                states.append(field[1])
             elif name == b"traceparent":
-                match = _TRACEPARENT.fullmatch(field[1])
-                if match is not None and match[1].strip(b"0") and match[2].strip(b"0"):
-                    peer.kept_trace = field
+                parents.append(field[1])
             elif not peer.is_trusted:
                 continue  # who is not trusted has no say in where a request came from
             elif not self._adds_any and name != b"x-request-id":
@@ -226,8 +205,11 @@ class Forwarding:
                 forwarded.append(field[1])
             elif name == b"x-request-id" and _REQUEST_ID.fullmatch(field[1]):
                 peer.kept_request_id = field[1]
-        if peer.kept_trace is not None:
-            base.extend(states)  # the state of a trace we begin anew means nothing: W3C Trace Context 4.3
+        if parents and (parent := read_parent(parents)) is not None:
+            peer.kept_trace = (b"traceparent", parent)
+            # The state of a trace that we begin anew means nothing: W3C Trace Context 4.3.
+            if states and (state := read_state(states)):
+                base.append((b"tracestate", state))
         if self._x_forwarded:
             base.append((b"x-forwarded-for", b", ".join((*chain, peer.ip))))
             base.append((b"x-forwarded-proto", proto or peer.scheme))

@@ -6,30 +6,27 @@ with. Counters and pools live longer than any service and are passed in.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from expressgateway.observe.counters import ListenerCounters
 from expressgateway.proxy.errors import Reason
 from expressgateway.proxy.forwarding import Forwarding, Peer
+from expressgateway.proxy.grpc_health import Health
+from expressgateway.proxy.mirror import Mirrors
 from expressgateway.proxy.paths import PathError, normalise
-from expressgateway.upstream.pool import Pool
+from expressgateway.proxy.records import Records
+from expressgateway.proxy.route import Route, Timeouts
+from expressgateway.proxy.routing import RouteTable
+from expressgateway.proxy.tracer import Tracer
 from expressgateway.wire.head import RequestHead
+
+_MAX_DECIDED: Final = 1024
+_MAX_DECIDED_BYTES: Final = 512  # of authority and target together; longer ones are looked up each time
 
 
 class Clock(Protocol):
     now: float
     """Seconds, monotonic, read once per batch of events."""
-
-
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    """Seconds; 0 is off."""
-
-    header: float
-    body: float
-    total: float
-    head: float
-    idle: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +38,36 @@ class WebSocketLimits:
     frame_s: float
 
 
+@dataclass(slots=True)
+class GrpcRules:
+    max_deadline_s: int
+    health: Health | None
+    """None: calls of ``grpc.health.v1.Health`` go to the backends like any other."""
+
+
 class HttpService:
     """See the module's text."""
 
     __slots__ = (
+        "_decided",
         "clock",
         "counters",
+        "default",
         "forwarding",
+        "grpc",
         "is_misdirected",
         "log_security",
         "max_body_bytes",
         "max_requests",
         "min_body_bps",
         "min_body_window_s",
-        "pool",
+        "mirrors",
+        "name",
         "proxy_status_name",
+        "records",
+        "routes",
         "timeouts",
+        "tracer",
         "wall_s",
         "websocket",
     )
@@ -66,7 +77,9 @@ class HttpService:
         *,
         clock: Clock,
         wall_s: Callable[[], int],
-        pool: Pool,
+        default: Route,
+        routes: RouteTable[Route] | None,
+        mirrors: Mirrors,
         forwarding: Forwarding,
         timeouts: Timeouts,
         max_body_bytes: int,
@@ -77,11 +90,20 @@ class HttpService:
         counters: ListenerCounters,
         log_security: Callable[[str, str, str], None],
         is_misdirected: Callable[[str | None, str], bool] | None = None,
+        records: Records | None = None,
+        grpc: GrpcRules | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
-        """``max_requests``: a connection's budget, 0 = off. ``is_misdirected``: judges SNI against host."""
+        """``default``: for what no other route matches; without a target that is nothing, and answered 404.
+        ``max_requests``: a connection's budget, 0 = off. ``is_misdirected``: judges SNI against host."""
         self.clock = clock
         self.wall_s = wall_s
-        self.pool = pool
+        self.default = default
+        self.routes = routes
+        self._decided: dict[tuple[bytes, bytes], Route] = {}
+        """Routes by authority and target, where nothing else decides; starts afresh when full."""
+        self.mirrors = mirrors
+        self.name = counters.name
         self.forwarding = forwarding
         self.timeouts = timeouts
         self.max_body_bytes = max_body_bytes
@@ -92,25 +114,67 @@ class HttpService:
         self.counters = counters
         self.log_security = log_security
         self.is_misdirected = is_misdirected
+        self.grpc = grpc
+        """None: gRPC is HTTP like any other."""
+        self.records = records
+        """The access log; None: there is none."""
+        self.tracer = tracer
+        """Who records spans; None: nobody does."""
         self.proxy_status_name = forwarding.name.decode("ascii")
+
+    def succeed(self, before: "HttpService") -> None:
+        """Take over what outlives a reload: watches of health go on, and see what is there now."""
+        if self.grpc is not None and before.grpc is not None:
+            mine, old = self.grpc.health, before.grpc.health
+            if mine is not None and old is not None:
+                old.pools = mine.pools
+                self.grpc.health = old
+
+    def find(self, head: RequestHead) -> Route | None:
+        """The most specific route that matches, or the default one; None for a path that no backend should
+        see."""
+        path = head.path
+        if self.routes is not None:
+            # fast path: what is asked for again and again
+            route = self._decided.get((head.authority, path))
+            if route is not None:
+                return route
+        if b"%" in path or b"/." in path:
+            try:
+                path = normalise(path)
+            except PathError:
+                return None
+        return self.default if self.routes is None else self._search(self.routes, head, path)
+
+    def _search(self, routes: RouteTable[Route], head: RequestHead, path: bytes) -> Route:
+        authority = head.authority
+        path = path.partition(b"?")[0]
+        route = routes.decided(authority, path)
+        if route is None:
+            return routes.find(head, path) or self.default
+        if len(authority) + len(head.path) <= _MAX_DECIDED_BYTES:
+            if len(self._decided) >= _MAX_DECIDED:
+                self._decided.clear()
+            self._decided[authority, head.path] = route
+        return route
 
     def judge(self, head: RequestHead, peer: Peer) -> Reason | None:
         """Refuse what no backend should see, whatever the protocol it came by."""
-        path = head.path
-        if b"%" in path or b"/." in path:
-            try:
-                normalise(path)
-            except PathError:
-                return Reason.BAD_PATH
         if (
             self.is_misdirected is not None
             and peer.sni is not None
             and self.is_misdirected(peer.sni, head.authority.decode("ascii"))
         ):
             return Reason.MISDIRECTED
-        if self.max_body_bytes and (head.content_length or 0) > self.max_body_bytes:
+        length = head.content_length
+        if length is not None and self.max_body_bytes and length > self.max_body_bytes:
             return Reason.BODY_TOO_LARGE
         return None
+
+    @staticmethod
+    def path_of(head: RequestHead) -> bytes:
+        """The path as routes see it. Raises ``PathError`` for one that ``find`` refuses."""
+        return normalise(head.path)
 
     def security_event(self, kind: str, peer: Peer, message: str) -> None:
         """Count and (rate-limited) log what a client tried."""

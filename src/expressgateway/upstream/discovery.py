@@ -1,33 +1,47 @@
-"""Who is there: from configured addresses to a pool's living backends.
+"""Who is there: from configured addresses and DNS answers to the backends of a pool.
 
-Literal addresses are known at once. Names are resolved by TTL, every address a backend of its own with an id
-made of the configured id and the address, so that counters and affinity survive a changed answer. When DNS
-fails, the last good answer stays; before there is any, the pool is empty and says why.
+An *endpoint* is one address that a name stands for; an *answer* is all endpoints of a name now. A name is
+asked for under a *key*: itself, or ``srv:NAME`` if it is the name of a service (RFC 2782). The supervisor
+asks (``names_of``) and tells the workers; ``expand`` runs on both sides and gives both the same ids, so that
+counters, health and affinity survive a changed answer.
+
+Nothing here asks, waits or remembers.
 """
 
-import asyncio
+import dataclasses
 import ipaddress
-import logging
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, NamedTuple
 
-from expressgateway.observe.logs import Limited
 from expressgateway.upstream.backend import BackendSettings, SocketAddress
-from expressgateway.upstream.dns import DnsError, Resolver
-from expressgateway.upstream.errors import Fault
-from expressgateway.upstream.pool import Pool
 
-log = logging.getLogger(__name__)
-limited: Final = Limited(log)
+MAX_WEIGHT: Final = 65535
+"""Of a backend: the largest that the configuration accepts, and that an SRV record can hold."""
 
-_RETRY_S: Final = 5.0  # after a failure
-_MIN_WAIT_S: Final = 1.0
-_MAX_WAIT_S: Final = 300.0
+_SRV: Final = "srv:"
 
 Found = tuple[BackendSettings, SocketAddress, str]
+"""A backend that is there: its settings, its address, and the id it keeps."""
+
+
+class Endpoint(NamedTuple):
+    """One address of a name. It is written to JSON as a list of three."""
+
+    ip: str
+
+    port: int = 0
+    """As the SRV record has it; 0 for an address, whose port is configured."""
+
+    weight: int = 0
+    """As the SRV record has it; 0 for an address."""
+
+
+Answers = Mapping[str, tuple[Endpoint, ...]]
+"""What is known of each name, by key. Names that have no good answer yet are not in it."""
 
 
 def is_literal(host: str) -> bool:
+    """Whether this is an address itself, which no DNS is asked about."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -36,84 +50,54 @@ def is_literal(host: str) -> bool:
 
 
 def socket_address(ip: str, port: int) -> SocketAddress:
+    """In the form in which sockets want and give it."""
     return (ip, port, 0, 0) if ":" in ip else (ip, port)
 
 
-class Discovery:
-    """Keeps one pool's set current. ``apply`` may be called again with another configuration."""
+def key_of(settings: BackendSettings) -> str | None:
+    """What to ask for to find this backend; ``None`` if its address is a literal."""
+    if is_literal(settings.host):
+        return None
+    return settings.host if settings.port else f"{_SRV}{settings.host}"
 
-    def __init__(self, pool: Pool, resolver: Resolver) -> None:
-        self._pool = pool
-        self._resolver = resolver
-        self._settings: tuple[BackendSettings, ...] = ()
-        self._policy = pool.policy
-        self._answers: dict[str, tuple[str, ...]] = {}  # one entry per configured name
-        self._tasks: list[asyncio.Task[None]] = []  # one per configured name
-        self._unasked: set[str] = set()
-        self._is_asked = asyncio.Event()
 
-    def apply(self, settings: Sequence[BackendSettings], policy: str) -> None:
-        """Literal addresses count from now on; names from their first answer (or the one known already)."""
-        self._settings = tuple(settings)
-        self._policy = policy
-        names = {each.host for each in settings if not is_literal(each.host)}
-        self._answers = {name: self._answers[name] for name in names if name in self._answers}
-        self._publish()
-        self.close()
-        self._unasked = set(names)
-        self._is_asked = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        self._tasks = [
-            loop.create_task(self._watch(name), name=f"discovery {self._pool.name} {name}") for name in names
-        ]
+def srv_name(key: str) -> str | None:
+    """The service's name if this is the key of one, else ``None``."""
+    return key.removeprefix(_SRV) if key.startswith(_SRV) else None
 
-    def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        self._tasks = []
 
-    async def first_answers(self, timeout_s: float) -> None:
-        """Wait until every name was asked for once and what was found is in the pool, or the time is up."""
-        if self._unasked:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._is_asked.wait()
-            except TimeoutError:
-                return
+def names_of(settings: Iterable[BackendSettings]) -> list[str]:
+    """The keys to be resolved for these backends: in their order, each once."""
+    return list(dict.fromkeys(key for each in settings if (key := key_of(each)) is not None))
 
-    async def _watch(self, name: str) -> None:
-        """One name's task: a name that does not resolve holds no other one up."""
-        while True:
-            try:
-                answer = await self._resolver.resolve(name)
-            except DnsError as error:
-                limited.warning("dns", name, f"a backend's name could not be resolved: {error}")
-                wait_s = _RETRY_S
-                if not self._pool.backends:
-                    self._pool.empty_fault = Fault.DNS
+
+def expand(settings: Sequence[BackendSettings], answers: Answers) -> list[Found]:
+    """The backends there are, by what is known now.
+
+    A literal address is one backend; a name is one per address of its answer, and none without an answer.
+    Of a service the port is the record's, and the weight is the record's times the configured one (RFC 2782:
+    records of weight 0 get "a very small chance", here the share of 1). Ids are unique: the first one wins.
+    """
+    found: dict[str, Found] = {}
+    for each in settings:
+        key = key_of(each)
+        if key is None:
+            found.setdefault(each.id, (each, socket_address(each.host, each.port), each.id))
+            continue
+        for ip, port, weight in answers.get(key, ()):
+            if each.port:
+                id_, here, address = f"{each.id}#{ip}", each, socket_address(ip, each.port)
             else:
-                wait_s = min(answer.ttl_s, _MAX_WAIT_S)
-                if self._answers.get(name) != answer.addresses:
-                    self._answers[name] = answer.addresses
-                    self._publish()
-            self._unasked.discard(name)
-            if not self._unasked:
-                self._is_asked.set()
-            await asyncio.sleep(max(wait_s, _MIN_WAIT_S))
+                id_, address = f"{each.id}#{ip}:{port}", socket_address(ip, port)
+                share = min(each.weight * max(weight, 1), MAX_WEIGHT)
+                here = each if share == each.weight else dataclasses.replace(each, weight=share)
+            found.setdefault(id_, (here, address, id_))
+    return list(found.values())
 
-    def _publish(self) -> None:
-        found: list[Found] = []
-        taken: set[str] = set()
-        for each in self._settings:
-            if is_literal(each.host):
-                ips: tuple[str, ...] = (each.host,)
-            else:
-                ips = self._answers.get(each.host, ())
-            for ip in ips:
-                id_ = each.id if is_literal(each.host) else f"{each.id}#{ip}"
-                if id_ not in taken:
-                    taken.add(id_)
-                    found.append((each, socket_address(ip, each.port), id_))
-        self._pool.replace(found, self._policy)
-        if not found:
-            self._pool.empty_fault = Fault.DNS if self._settings else Fault.NO_BACKEND
+
+def read_answers(names: Mapping[str, Iterable[Sequence[str | int]]]) -> dict[str, tuple[Endpoint, ...]]:
+    """Answers as they came through the control channel, where a tuple is a list."""
+    return {
+        key: tuple(Endpoint(str(ip), int(port), int(weight)) for ip, port, weight in endpoints)
+        for key, endpoints in names.items()
+    }

@@ -1,98 +1,82 @@
-"""Names to addresses, with the time they hold.
+"""Names to addresses, and services to addresses and ports, with the time they hold.
 
 `Resolver.resolve(host)` gives an *answer*: all A and AAAA addresses of the name and how long they may be
-used. It looks, in this order, at the literal itself, the hosts file, `localhost`, its cache, and DNS. An
-answer is *stale* when DNS did not answer and the last good one is given instead: a broken DNS server must
-not take a working backend away. A *negative* answer (the name does not exist, or has no addresses) is an
-answer: it is an error, not stale.
+used. It looks, in this order, at the literal itself, the hosts file, `localhost`, its memory, and DNS.
+`Resolver.resolve_srv(name)` does the same for a *service* (RFC 2782): the records of the lowest priority, and
+the addresses of each record's host as `resolve` gives them. What a server volunteers beside the answer is not
+believed.
+
+An answer is *stale* when DNS did not answer and the last good one is given instead: a broken DNS server must
+not take a working backend away. A *negative* answer (the name does not exist, or has nothing of what was
+asked for) is an answer: it is an error, not stale.
 
 Times are clamped: a TTL under MIN_TTL_S would have us ask all the time, one over MAX_TTL_S would keep a
 moved backend alive for hours. Failures and negative answers hold for NEGATIVE_TTL_S, so a name that is
 asked for by every request costs DNS one query in that time.
 
-This module refuses to know backends, pools and ports, and asks only when it is asked to: whoever wants
+This module refuses to know backends and pools, logs nothing, and asks only when it is asked to: whoever wants
 fresh addresses calls again after `ttl_s`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
-import logging
 import math
-import os
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import dns.asyncresolver
 import dns.exception
+import dns.name
 import dns.nameserver
 import dns.rdatatype
 import dns.resolver
+import dns.rrset
+
+from expressgateway.upstream.discovery import Endpoint
+from expressgateway.upstream.dns_answers import MAX_TTL_S, Answer, DnsCounters, DnsError, SrvAnswer
+from expressgateway.upstream.hosts import HostsFile, Watched, as_literal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["Answer", "DnsCounters", "DnsError", "Resolver"]
-
-log = logging.getLogger(__name__)
-
 MIN_TTL_S: Final = 1.0
-MAX_TTL_S: Final = 300.0
 NEGATIVE_TTL_S: Final = 5.0
 
-MAX_NAMES: Final = 1024
-"""Names remembered, and names asked for at one time. The configuration names the backends, so this is
-plenty; the name unused for longest is forgotten."""
+LOCAL_TTL_S: Final = 5.0
+"""What the hosts file says is looked at again after this: it costs no question, only a stat."""
+
+MAX_NAMES: Final = 4096
+"""Names remembered, and names asked for or waiting to be. The configuration names the backends, and a service
+at most MAX_ADDRESSES hosts, so this is plenty; the name unused for longest is forgotten."""
+
+MAX_AT_ONCE: Final = 256
+"""Names that DNS is being asked for at one time: each takes two sockets. Others wait their turn."""
 
 MAX_ADDRESSES: Final = 256
-"""Addresses of one name that are used: of more, the lowest, so that the same ones are kept from answer to
-answer.
+"""Addresses of one name, or endpoints of one service, that are used: of more, the lowest, so that the same
+ones are kept from answer to answer.
 """
 
-MAX_HOSTS_BYTES: Final = 1 << 20
-"""Of a larger hosts file the rest is not read."""
 
-LOOPBACK: Final = ("127.0.0.1", "::1")
+class _Record(NamedTuple):
+    """What is used of an A, AAAA or SRV record."""
 
+    host: str
+    """An address, or the name that an SRV record gives."""
 
-class DnsError(Exception):
-    """There is no address to give for a name. The text is a sentence; `is_negative` if DNS itself says so."""
-
-    def __init__(self, sentence: str, *, is_negative: bool = False) -> None:
-        super().__init__(sentence)
-        self.is_negative = is_negative
+    port: int = 0
+    weight: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The addresses of a name. Never empty, without duplicates, IPv4 first and in order: equal sets are
-    equal.
-    """
+Types = tuple[dns.rdatatype.RdataType, ...]
 
-    addresses: tuple[str, ...]
+ADDRESSES: Final[Types] = (dns.rdatatype.A, dns.rdatatype.AAAA)
+SERVICES: Final[Types] = (dns.rdatatype.SRV,)
 
-    ttl_s: float
-    """For how long from now this may be used; math.inf for a literal."""
-
-    stale: bool = False
-    """DNS could not be asked about some or all of it: these are the addresses that were good before."""
-
-    left_out: int = 0
-    """Addresses beyond the bound, which are not used."""
-
-
-@dataclass(slots=True)
-class DnsCounters:
-    """Since the start: questions put to DNS (one for A and AAAA together), those that failed, stale answers
-    given.
-    """
-
-    queries: int = 0
-    failures: int = 0
-    stale_served: int = 0
+_NEGATIVE: Final = {ADDRESSES: "has no addresses", SERVICES: "has no SRV records"}
 
 
 @dataclass(slots=True)
@@ -100,27 +84,26 @@ class _Entry:
     """What is remembered of one name."""
 
     expires_at: float = 0.0
-    answer: Answer | None = None  # its ttl_s is not used
-    # Why there is no answer. The error is made anew each time it is raised, or its traceback would grow.
-    sentence: str = ""
-    is_negative: bool = False
-    last_good: dict[dns.rdatatype.RdataType, tuple[str, ...]] = field(default_factory=dict)
+
+    failure: str = ""
+    """Why DNS could not be asked about some or all of it: a sentence."""
+
+    negative: str = ""
+    """What DNS says, if there is nothing. Errors are made anew each time, or their traceback would grow."""
+
+    good: dict[dns.rdatatype.RdataType, tuple[_Record, ...]] = field(default_factory=dict)
+    """The last good records; at most MAX_ADDRESSES of each type."""
+
+    left_out: dict[dns.rdatatype.RdataType, int] = field(default_factory=dict)
+
+    @property
+    def records(self) -> list[_Record]:
+        """All of them, IPv4 first: types by their number."""
+        return [record for each in sorted(self.good) for record in self.good[each]]
 
 
-class _Watched:
-    """A file that is read again when it has changed. One stat per question; no request waits for it."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._stamp: tuple[int, int, int] | None = None
-
-    def has_changed(self) -> bool:
-        stamp = None
-        with contextlib.suppress(OSError):
-            status = os.stat(self.path)
-            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-        changed, self._stamp = stamp != self._stamp, stamp
-        return changed
+_Question = tuple[str, Types]
+_T = TypeVar("_T")
 
 
 class Resolver:
@@ -153,14 +136,14 @@ class Resolver:
         self.counters = DnsCounters()
 
         # Files
-        self._hosts_file = _Watched(hosts_path)
-        self._hosts: dict[str, tuple[str, ...]] = {}
-        self._resolv_conf = _Watched(resolv_conf_path)
+        self._hosts = HostsFile(hosts_path)
+        self._resolv_conf = Watched(resolv_conf_path)
         self._stub: dns.asyncresolver.Resolver | None = None
 
         # Names
-        self._entries: dict[str, _Entry] = {}  # used longest ago first; at most max_names
-        self._asking: dict[str, asyncio.Task[_Entry]] = {}  # at most max_names
+        self._entries: dict[_Question, _Entry] = {}  # used longest ago first; at most max_names
+        self._asking: dict[_Question, asyncio.Task[_Entry]] = {}  # at most max_names
+        self._turns = asyncio.Semaphore(MAX_AT_ONCE)
 
     def __repr__(self) -> str:
         return f"<Resolver names={len(self._entries)} asking={len(self._asking)} {self.counters}>"
@@ -172,106 +155,196 @@ class Resolver:
         Callers that ask for one name at one time share one query; one that is cancelled does not disturb
         the others.
         """
-        literal = _as_literal(host)
+        literal = as_literal(host)
         if literal is not None:
             return Answer((literal,), math.inf)
         name = host.lower()
-        local = self._look_up_hosts(name.removesuffix("."))
+        local = self._hosts.look_up(name.removesuffix("."))
         if local is not None:
-            return local
-        entry = self._entries.get(name)
-        if entry is not None and entry.expires_at > self._now():
-            self._entries[name] = self._entries.pop(name)
-        else:
-            entry = await asyncio.shield(self._ask_once(name))
-        if entry.answer is None:
-            raise DnsError(entry.sentence, is_negative=entry.is_negative)
-        if entry.answer.stale:
-            self.counters.stale_served += 1
-        return replace(entry.answer, ttl_s=max(entry.expires_at - self._now(), 0.0))
+            kept, left_out = self._bounded(_in_order(local))
+            return Answer(tuple(kept), LOCAL_TTL_S, left_out=left_out)
+        return self._answer(await self._known(name, ADDRESSES))
+
+    async def resolve_srv(self, name: str) -> SrvAnswer:
+        """The endpoints of a service such as ``_http._tcp.example.com``. Raises DnsError and nothing else.
+
+        RFC 2782: a record whose host is "." says that there is no such service: with no other, the answer is
+        negative. A host that does not exist has no endpoint; one that could not be asked about keeps its last
+        good addresses.
+        """
+        entry = await self._known(name.lower(), SERVICES)
+        records = entry.records
+        ttl_s, failure = entry.expires_at - self._now(), entry.failure
+        left_out = sum(entry.left_out.values())
+        weights: dict[tuple[str, int], int] = {}
+        answers = await self._resolve_each({record.host for record in records})
+        for answer in answers.values():
+            if isinstance(answer, DnsError):
+                ttl_s = min(ttl_s, NEGATIVE_TTL_S)
+                if not answer.is_negative:
+                    failure = f"of the service {name}, {answer}"
+            else:
+                ttl_s = min(ttl_s, answer.ttl_s)
+                failure = answer.failure or failure
+                left_out += answer.left_out
+        for record in records:
+            answer = answers[record.host]
+            for ip in answer.addresses if isinstance(answer, Answer) else ():
+                here = ip, record.port
+                if here in weights or len(weights) < self._max_addresses:
+                    # The same address and port twice is a mistake of the zone's: the larger weight counts.
+                    weights[here] = max(record.weight, weights.get(here, 0))
+                else:
+                    left_out += 1
+        if not weights:
+            if not failure:
+                raise DnsError(f"no host of {name} has an address, says DNS", is_negative=True)
+            raise DnsError(failure)
+        ordered = sorted(weights, key=lambda here: (_order(ipaddress.ip_address(here[0])), here[1]))
+        endpoints = tuple(Endpoint(*here, weights[here]) for here in ordered)
+        return SrvAnswer(endpoints, max(ttl_s, 0.0), bool(failure), left_out, failure)
 
     def close(self) -> None:
         """Stop asking; whoever waits for an answer is cancelled. Idempotent."""
         for task in self._asking.values():
             task.cancel()
 
-    # hosts
+    async def _resolve_each(self, hosts: Iterable[str]) -> dict[str, Answer | DnsError]:
+        """Resolve the hosts of a service, in a time that does not grow with their number."""
+        loop = asyncio.get_running_loop()
+        tasks = {host: loop.create_task(self.resolve(host), name=f"resolve {host}") for host in hosts}
+        try:
+            # Twice: a host may have to wait for its turn behind others that do not answer.
+            await asyncio.wait(tasks.values(), timeout=2 * self._total_timeout_s)
+        finally:
+            for task in tasks.values():
+                task.cancel()  # no more than a word for those that are done
+        answers: dict[str, Answer | DnsError] = {}
+        for host, task in tasks.items():
+            if not task.done() or task.cancelled():
+                answers[host] = self._remembered(host)
+            elif isinstance(error := task.exception(), DnsError):
+                answers[host] = error
+            else:
+                answers[host] = task.result()
+        return answers
 
-    def _look_up_hosts(self, name: str) -> Answer | None:
-        if self._hosts_file.has_changed():
-            self._hosts = _read_hosts(self._hosts_file.path)
-        addresses = self._hosts.get(name)
-        if addresses is None and (name == "localhost" or name.endswith(".localhost")):
-            addresses = LOOPBACK  # RFC 6761 6.3: never a question for DNS
-        return None if addresses is None else self._bounded(name, addresses, MAX_TTL_S)
+    # Memory
+
+    async def _known(self, name: str, types: Types) -> _Entry:
+        """What is known of the name, from DNS if need be; it has records, or DnsError is raised."""
+        question = (name, types)
+        entry = self._entries.get(question)
+        if entry is not None and entry.expires_at > self._now():
+            self._entries[question] = self._entries.pop(question)
+        else:
+            entry = await asyncio.shield(self._ask_once(question))
+        if not entry.good:
+            raise DnsError(entry.failure or entry.negative, is_negative=not entry.failure)
+        if entry.failure:
+            self.counters.stale_served += 1
+        return entry
+
+    def _remembered(self, host: str) -> Answer | DnsError:
+        """The last good answer for a name that DNS is still being asked about, or that waits for its turn."""
+        failure = f"{host} was not resolved: DNS did not answer in time"
+        entry = self._entries.get((host, ADDRESSES))
+        if entry is None or not entry.good:
+            return DnsError(failure)
+        self.counters.stale_served += 1
+        return replace(self._answer(entry), ttl_s=NEGATIVE_TTL_S, stale=True, failure=failure)
+
+    def _answer(self, entry: _Entry) -> Answer:
+        # Each family is bounded and in order, and IPv4 is the first.
+        kept, left_out = self._bounded([record.host for record in entry.records])
+        ttl_s = max(entry.expires_at - self._now(), 0.0)
+        left_out += sum(entry.left_out.values())
+        return Answer(tuple(kept), ttl_s, bool(entry.failure), left_out, entry.failure)
+
+    def _remember(self, question: _Question, entry: _Entry) -> None:
+        self._entries.pop(question, None)
+        while len(self._entries) >= self._max_names:
+            del self._entries[next(iter(self._entries))]
+        self._entries[question] = entry
 
     # DNS
 
-    def _ask_once(self, name: str) -> asyncio.Task[_Entry]:
-        task = self._asking.get(name)
+    def _ask_once(self, question: _Question) -> asyncio.Task[_Entry]:
+        task = self._asking.get(question)
         if task is None:
+            name, _ = question
             if len(self._asking) >= self._max_names:
                 raise DnsError(f"{name} was not resolved: {self._max_names} other names are being asked for")
-            # The dictionary keeps the task alive; it ends by itself within the total timeout.
-            task = asyncio.get_running_loop().create_task(self._ask(name), name=f"resolve {name}")
-            self._asking[name] = task
-            task.add_done_callback(lambda _: self._asking.pop(name, None))
+            # The dictionary keeps the task alive; from its turn on it ends within the total timeout.
+            task = asyncio.get_running_loop().create_task(self._ask(question), name=f"resolve {name}")
+            self._asking[question] = task
+            task.add_done_callback(lambda _: self._asking.pop(question, None))
         return task
 
-    async def _ask(self, name: str) -> _Entry:
+    async def _ask(self, question: _Question) -> _Entry:
         """Ask DNS, and remember what it says. Does not raise."""
-        before = self._entries.get(name)
-        entry = _Entry(last_good=dict(before.last_good) if before else {})
-        self.counters.queries += 1
-        ttl_s, failure, negative = await self._ask_both(name, entry)
-        addresses = [address for family in FAMILIES for address in entry.last_good.get(family, ())]
-        if addresses:
-            ttl_s = min(ttl_s, NEGATIVE_TTL_S) if failure else ttl_s
-            entry.answer = replace(self._bounded(name, addresses, ttl_s), stale=bool(failure))
-        elif failure:
-            entry.sentence = failure
-        else:
-            entry.sentence, entry.is_negative = f"{name} {negative}", True
-        if failure:
+        before = self._entries.get(question)
+        entry = _Entry(good=dict(before.good), left_out=dict(before.left_out)) if before else _Entry()
+        async with self._turns:
+            self.counters.queries += 1
+            ttl_s = await self._ask_types(*question, entry)
+        if entry.failure:
             self.counters.failures += 1
-            log.warning("%s%s", failure, "; its last good addresses stay in use" if addresses else "")
-        held_s = NEGATIVE_TTL_S if entry.answer is None else entry.answer.ttl_s
-        entry.expires_at = self._now() + held_s
-        self._remember(name, entry)
+        if entry.failure or not entry.good:
+            ttl_s = min(ttl_s, NEGATIVE_TTL_S) if entry.good else NEGATIVE_TTL_S
+        entry.expires_at = self._now() + ttl_s
+        self._remember(question, entry)
         return entry
 
-    async def _ask_both(self, name: str, entry: _Entry) -> tuple[float, str, str]:
-        """Ask for A and AAAA at once, and put what they say into `entry.last_good`.
+    async def _ask_types(self, name: str, types: Types, entry: _Entry) -> float:
+        """Ask for all types at once, and put what DNS says into `entry`; the TTL of that.
 
-        A family that fails keeps its last good addresses: a lost AAAA answer must not take half a pool away.
-        Returns the TTL, the sentence that says what failed, if anything did, and what a negative answer
-        means.
+        A type that fails keeps its last good records: a lost AAAA answer must not take half a pool away.
         """
         try:
             stub = self._configured_stub()
             results = await asyncio.gather(
-                *(
-                    stub.resolve(name, family, lifetime=self._total_timeout_s, raise_on_no_answer=False)
-                    for family in FAMILIES
-                ),
-                return_exceptions=True,
+                *(self._ask_type(stub, name, each) for each in types), return_exceptions=True
             )
         except Exception as error:  # noqa: BLE001 - the net under a library that reads a stranger's bytes
             results = [error]
-        ttl_s, failure, negative = MAX_TTL_S, "", "has no addresses"
-        for family, result in zip(FAMILIES, results, strict=False):
+        ttl_s = MAX_TTL_S
+        entry.negative = f"{name} {_NEGATIVE[types]}"
+        for each, result in zip(types, results, strict=False):
             if isinstance(result, dns.resolver.NXDOMAIN):
-                entry.last_good.pop(family, None)
-                negative = "does not exist, says DNS"
+                self._keep(each, (), entry)
+                entry.negative = f"{name} does not exist, says DNS"
             elif isinstance(result, BaseException):
-                failure = f"{name} was not resolved: {_cause(result)}"
+                entry.failure = f"{name} was not resolved: {_cause(result)}"
+            elif result.rrset is None:
+                self._keep(each, (), entry)
             else:
-                entry.last_good.pop(family, None)
-                if result.rrset is not None:
-                    entry.last_good[family] = tuple(record.address for record in result.rrset)
-                    # Every alias on the way counts: the shortest-lived one ends the answer.
-                    ttl_s = min(ttl_s, float(result.chaining_result.minimum_ttl))
-        return max(ttl_s, MIN_TTL_S), failure, negative
+                records = _READ[types](result.rrset)
+                if not records:
+                    entry.negative = f"{name} is a service that is not offered, says DNS"
+                self._keep(each, records, entry)
+                # Every alias on the way counts: the shortest-lived one ends the answer.
+                ttl_s = min(ttl_s, float(result.chaining_result.minimum_ttl))
+        return max(ttl_s, MIN_TTL_S)
+
+    async def _ask_type(
+        self, stub: dns.asyncresolver.Resolver, name: str, each: dns.rdatatype.RdataType
+    ) -> dns.resolver.Answer:
+        # The lifetime does not bound the pauses that the library makes between its tries.
+        async with asyncio.timeout(self._total_timeout_s):
+            return await stub.resolve(name, each, lifetime=self._total_timeout_s, raise_on_no_answer=False)
+
+    def _keep(self, each: dns.rdatatype.RdataType, records: Sequence[_Record], entry: _Entry) -> None:
+        kept, left_out = self._bounded(records)
+        entry.good.pop(each, None)
+        entry.left_out.pop(each, None)
+        if kept:
+            entry.good[each] = tuple(kept)
+            entry.left_out[each] = left_out
+
+    def _bounded(self, ordered: Sequence[_T]) -> tuple[Sequence[_T], int]:
+        """As much as is used, and how many are left out."""
+        return ordered[: self._max_addresses], max(len(ordered) - self._max_addresses, 0)
 
     def _configured_stub(self) -> dns.asyncresolver.Resolver:
         if self._resolv_conf.has_changed() or self._stub is None:
@@ -288,57 +361,40 @@ class Resolver:
             self._stub = stub
         return self._stub
 
-    # Both
-
-    def _bounded(self, name: str, addresses: Iterable[str], ttl_s: float) -> Answer:
-        ordered = sorted({ipaddress.ip_address(address) for address in addresses}, key=_order)
-        left_out = max(len(ordered) - self._max_addresses, 0)
-        if left_out:
-            log.warning("%s has %d addresses; %d of them are not used", name, len(ordered), left_out)
-            del ordered[self._max_addresses :]
-        return Answer(tuple(map(str, ordered)), ttl_s, left_out=left_out)
-
-    def _remember(self, name: str, entry: _Entry) -> None:
-        self._entries.pop(name, None)
-        while len(self._entries) >= self._max_names:
-            del self._entries[next(iter(self._entries))]
-        self._entries[name] = entry
-
-
-FAMILIES: Final = (dns.rdatatype.A, dns.rdatatype.AAAA)
-
 
 def _order(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> tuple[int, int]:
     return address.version, int(address)
 
 
-def _as_literal(host: str) -> str | None:
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        return None
+def _in_order(addresses: Iterable[str]) -> list[str]:
+    """Each once, IPv4 first."""
+    return [str(each) for each in sorted({ipaddress.ip_address(each) for each in addresses}, key=_order)]
+
+
+def _read_addresses(rrset: dns.rrset.RRset) -> list[_Record]:
+    return [_Record(address) for address in _in_order(record.address for record in rrset)]
+
+
+def _read_services(rrset: dns.rrset.RRset) -> list[_Record]:
+    """The records that can be used: of the lowest priority number, with a host and a port; in order."""
+    usable = [each for each in rrset if each.target != dns.name.root and each.port]
+    lowest = min((each.priority for each in usable), default=0)
+    # The dot at the end stays: a host in a record is never a matter for the search list.
+    return sorted(
+        {
+            _Record(each.target.to_text().lower(), each.port, each.weight)
+            for each in usable
+            if each.priority == lowest
+        }
+    )
+
+
+_READ: Final = {ADDRESSES: _read_addresses, SERVICES: _read_services}
 
 
 def _cause(error: BaseException) -> str:
-    if isinstance(error, dns.exception.Timeout):
+    if isinstance(error, TimeoutError | dns.exception.Timeout):
         return "DNS did not answer in time"
     if isinstance(error, dns.resolver.NoNameservers):
         return "no DNS server gave a usable answer"
     return f"{type(error).__name__}: {error}"
-
-
-def _read_hosts(path: str) -> dict[str, tuple[str, ...]]:
-    """hosts(5): an address, then its names; a line that is not that is skipped, as the C library does."""
-    hosts: dict[str, list[str]] = {}
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = file.read(MAX_HOSTS_BYTES).splitlines()
-    except OSError:
-        return {}
-    for line in lines:
-        fields = line.partition("#")[0].split()
-        address = _as_literal(fields[0]) if fields else None
-        if address is not None:
-            for name in fields[1:]:
-                hosts.setdefault(name.lower().removesuffix("."), []).append(address)
-    return {name: tuple(addresses) for name, addresses in hosts.items()}

@@ -13,6 +13,9 @@ class Fault(Enum):
     CONNECT_TIMEOUT = "connecting took too long"
     TLS = "the TLS handshake failed"
     CERTIFICATE = "the backend's certificate was not accepted"
+    PROTOCOL = "the backend does not speak the protocol it was configured with"
+    DOWN = "every backend of the pool is down"
+    SATURATED = "every backend of the pool is at its limit"
     OVER_CAPACITY = "no resources left for another connection"
 
 

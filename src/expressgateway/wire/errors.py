@@ -51,6 +51,14 @@ class HeadTooLargeError(WireError):
     kind = "head_too_large"
 
 
+class SlowHeadError(WireError):
+    """A head that began and was not completed in time."""
+
+    scope = Scope.STREAM
+    status = 408
+    kind = "slow_head"
+
+
 class TargetTooLongError(WireError):
     """The request target is longer than we read: RFC 9110 15.5.15."""
 
@@ -95,3 +103,32 @@ class PeerClosedError(WireError):
     """The peer went away between messages, or reset the connection."""
 
     kind = "closed"
+
+
+class NotOfferedError(WireError):
+    """The peer does not offer what a tunnel needs (RFC 8441 3). Nothing was sent to it."""
+
+    scope = Scope.STREAM
+    status = 502
+    kind = "not_offered"
+
+
+class UnprocessedError(PeerClosedError):
+    """The peer says that it did not process this stream, and never will: it may be sent again.
+
+    REFUSED_STREAM, or a stream above the last one that GOAWAY names (RFC 9113 8.7).
+    """
+
+    kind = "unprocessed"
+
+
+class StreamResetError(WireError):
+    """The peer reset this stream; ``code`` is its reason, fit to be passed on (RFC 9113 7, RFC 9114 8.1)."""
+
+    scope = Scope.STREAM
+    status = 502
+    kind = "reset"
+
+    def __init__(self, code: int, detail: str = "") -> None:
+        super().__init__(detail or f"the peer reset the stream with code {code:#x}")
+        self.code = code

@@ -15,17 +15,21 @@ WEBSOCKET: Final = b"websocket"
 
 
 class SharedFields:
-    """Fields that many messages have in common. Never changed; codecs keep what they made of it here.
+    """Fields that many messages have in common. Never changed; who makes something of them keeps it here.
 
     A message is sent with its shared fields first, then with ``headers``. What is received has none.
     """
 
-    __slots__ = ("fields", "h1")
+    __slots__ = ("fields", "h1", "h2", "said")
 
     def __init__(self, fields: Fields) -> None:
         self.fields = fields
         self.h1 = b""
         """As HTTP/1 lines, or empty while nobody asked."""
+        self.h2: tuple[tuple[bytes, bytes, bool], ...] = ()
+        """As HPACK takes them, likewise: the third says "never indexed"."""
+        self.said: tuple[bytes, bytes] | None = None
+        """User-Agent and Referer as the access log takes them, likewise None."""
 
 
 NO_SHARED: Final = SharedFields(NO_FIELDS)

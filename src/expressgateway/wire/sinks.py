@@ -68,6 +68,8 @@ class ClientStream(Protocol):
 
     is_reused: bool
     """Whether an earlier exchange used this connection: a failure before any byte may be a stale one."""
+    version: bytes
+    """Of the backend's protocol, as heads name it."""
 
     def send_head(self, head: RequestHead, end: bool) -> None: ...
     def send_data(self, chunk: bytes, end: bool) -> None: ...

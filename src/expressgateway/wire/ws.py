@@ -81,6 +81,7 @@ class FrameFollower:
         "_message_bytes",
         "_payload_left",
         "boundary",
+        "close_at",
         "pings",
         "saw_close",
         "violation",
@@ -105,6 +106,10 @@ class FrameFollower:
         Everything before it is sound and complete, also after a violation: the caller may pass it on, add a
         Close frame, and drop the rest. With -1 the receiver stands inside a frame and can be told nothing.
         """
+        self.close_at: int | None = None
+        """Where the header of a Close frame begins in the chunk that completed it, negative if before that
+        chunk. ``None``: none came. There is no second: nothing is followed behind the first.
+        """
         self.saw_close = False
         """A Close frame went by, whole. What follows it is not followed."""
         self.violation: Violation | None = None
@@ -124,6 +129,11 @@ class FrameFollower:
     def payload_left(self) -> int:
         """Bytes of the current frame's payload still to come."""
         return self._payload_left
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes of a frame header that the last chunk ended in; under MAX_HEADER_BYTES."""
+        return len(self._head)
 
     def take_pings(self) -> int:
         """PING frames since the last call; counted when their header is complete."""
@@ -156,6 +166,8 @@ class FrameFollower:
                 self.boundary = -1
                 return self.violation
             self._head = b""
+            if self.close_at is not None:
+                self.close_at = -kept
             at = size - kept
         while True:
             left = self._payload_left
@@ -180,27 +192,31 @@ class FrameFollower:
         return self.violation
 
     def _read_header(self, data: bytes | bytearray | memoryview, at: int, end: int) -> int:
-        """The length of the frame header at `at`; 0: not all there yet, nothing is changed; -1: a
-        violation.
+        """The length of the frame header at `at`, of which there is a byte at least; 0: not all there yet,
+        nothing is changed; -1: a violation.
         """
-        if end - at < 2:
-            return 0
-        first, second = data[at], data[at + 1]
-        opcode, length = first & 0x0F, second & 0x7F
+        # What the first byte says is judged before it is passed on: behind it there is no place for a Close.
+        first = data[at]
+        opcode = first & 0x0F
         if opcode not in KNOWN_OPCODES:
             return self._fail(PROTOCOL_ERROR, "reserved opcode")
+        is_control = opcode >= CLOSE
+        if is_control:
+            if first < FIN:
+                return self._fail(PROTOCOL_ERROR, "control frame fragmented")
+        elif self._in_message is not (opcode == CONTINUATION):
+            return self._fail(PROTOCOL_ERROR, "fragments out of order")
+        if end - at < 2:
+            return 0
+        second = data[at + 1]
+        length = second & 0x7F
         if (second >= MASKED) is not self._is_client:
             return self._fail(PROTOCOL_ERROR, "frame not masked" if self._is_client else "frame masked")
-        is_control = opcode >= CLOSE
         if is_control:
             if length > MAX_CONTROL_PAYLOAD:
                 return self._fail(PROTOCOL_ERROR, "control frame too long")
-            if first < FIN:
-                return self._fail(PROTOCOL_ERROR, "control frame fragmented")
             if opcode == CLOSE and length == 1:
                 return self._fail(PROTOCOL_ERROR, "close code cut short")
-        elif self._in_message is not (opcode == CONTINUATION):
-            return self._fail(PROTOCOL_ERROR, "fragments out of order")
         size = 6 if self._is_client else 2
         if length == 126:
             size += 2
@@ -228,6 +244,7 @@ class FrameFollower:
             self.pings += 1
         elif opcode == CLOSE:
             self._is_closing = True
+            self.close_at = at
         self._payload_left = length
         return size
 

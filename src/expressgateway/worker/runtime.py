@@ -8,65 +8,79 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 from expressgateway.config.schema import Config
-from expressgateway.l4.tcp import TcpListener
-from expressgateway.l4.udp import UdpListener
-from expressgateway.net.dial import Dialler
-from expressgateway.net.h1_back import H1Connections
-from expressgateway.net.http_listener import HttpListener
+from expressgateway.control.channel import Message
 from expressgateway.net.listener import Census
+from expressgateway.net.quic.sharing import QuicSharing
+from expressgateway.net.quic.timers import Timers
 from expressgateway.net.reactor import Reactor
-from expressgateway.net.tickets import TicketsUnavailable, unpack_keys
-from expressgateway.net.tls import TlsConfigError
-from expressgateway.observe.counters import CLASSES, ListenerCounters, Sample
-from expressgateway.proxy.forwarding import Ids
-from expressgateway.upstream.backend import Backend
-from expressgateway.upstream.discovery import Discovery
-from expressgateway.upstream.dns import Resolver
-from expressgateway.upstream.pool import Pool
+from expressgateway.observe.access_log import AccessLog
+from expressgateway.observe.spans import Spans
+from expressgateway.proxy.mirror import Mirrors
+from expressgateway.proxy.records import Records
+from expressgateway.upstream.discovery import Answers, Found, expand
+from expressgateway.upstream.errors import Fault
+from expressgateway.upstream.pool import Pool, PoolSettings, Standing
 from expressgateway.worker.build import (
-    Files,
-    ListenerPlan,
     Plan,
-    SnapshotError,
     compile_snapshot,
-    h1_limits,
-    http_service,
 )
+from expressgateway.worker.build_pools import Files, PoolPlan
+from expressgateway.worker.connections import told
+from expressgateway.worker.diallers import Diallers
+from expressgateway.worker.listeners import Listeners
+from expressgateway.worker.reports import Source
+from expressgateway.worker.samples import collect_handover, listener_sources, pool_sources
 
 log = logging.getLogger(__name__)
 
 # All timeouts are found by a sweep that runs this many times per ``sweep_interval_ms``.
 _SWEEPS_PER_INTERVAL: Final = 4
 _MIN_TICK_S: Final = 0.025
-_FIRST_ANSWERS_S: Final = 2.0  # how long readiness waits for DNS
-
-AnyListener = HttpListener | TcpListener | UdpListener
+_LAST_LINES_S: Final = 1.0  # for the access log, at the end of a drain
 
 
 class Runtime:
     """Everything one worker serves with."""
 
-    def __init__(self, census: Census, sockets: dict[int, socket.socket]) -> None:
-        """``sockets``: this worker's listening sockets by position in ``config.listeners``."""
+    def __init__(
+        self, census: Census, sockets: dict[int, socket.socket], steering: QuicSharing | None = None
+    ) -> None:
+        """``sockets``: listening sockets by the listener's number, as far as they are there already;
+        ``steering``: how QUIC packets find the worker that they are for, unless this one is alone."""
         self._loop = asyncio.get_running_loop()
         self.reactor = Reactor(self._loop)
-        self._census = census
-        self._sockets = sockets
-        self._resolver = Resolver()
-        self._ids = Ids()
+        self.steering = steering
+        timers = Timers(self.reactor)
         self._plan: Plan | None = None
         self._pools: dict[str, Pool] = {}
-        self._retired: list[Pool] = []  # removed by a reload, until their exchanges have ended
-        self._discoveries: dict[str, Discovery] = {}
-        self._dialler = Dialler(self.reactor, 5.0, ("http/1.1",))
-        self._l4_dialler = Dialler(self.reactor, 5.0, (), is_framed=False)
-        self._counters: dict[int, ListenerCounters] = {}
-        self._listeners: dict[int, AnyListener] = {}
-        self._tickets: dict[str, bytes] = {}
+        self._replaced: dict[str, Pool] = {}  # by another of its name, in a snapshot that may be taken back
+        self._parting: list[Pool] = []  # removed by a reload, and listeners that go may still ask them
+        self._retired: list[Pool] = []  # removed and empty, until their exchanges have ended
+        self._found: dict[str, tuple[list[Found], PoolSettings]] = {}  # what each pool was given last
+        self._answers: Answers = {}
+        self._standings: dict[str, Standing] = {}
+        self._mirrors = Mirrors()
+        self.access_log = AccessLog()
+        self.spans = Spans()
+        self._report: Callable[[Message], None] = _to_nobody
+        self._is_report_due = False
+        self._diallers = Diallers(self.reactor, timers)
+        self._listeners = Listeners(
+            self.reactor,
+            timers,
+            census,
+            sockets,
+            steering,
+            self._diallers,
+            Records(self.access_log, time.time),  # noqa: TID251 - what people read
+            self._mirrors,
+            self.spans,
+        )
         self._is_serving = False
         self._tick_s = 0.25
         self._lag_s = 0.0
@@ -74,114 +88,129 @@ class Runtime:
 
     # -- configuration ---------------------------------------------------------------------------------
 
-    async def configure(self, config: Config, files: Files) -> None:
-        """Take a snapshot into use. Raises ``SnapshotError`` and changes nothing if it cannot be served."""
-        plan = compile_snapshot(config, files)
-        dialler = Dialler(self.reactor, config.runtime.connect_timeout_ms / 1000, ("http/1.1",))
-        l4_dialler = Dialler(self.reactor, config.runtime.connect_timeout_ms / 1000, (), is_framed=False)
-        for position, each in enumerate(plan.listeners):
-            chosen = dialler if each.config.is_http else l4_dialler
-            for backend in plan.pools[each.pool].backends:
-                if backend.tls is not None:
-                    try:
-                        chosen.context_for(backend.tls)
-                    except TlsConfigError as error:
-                        raise SnapshotError(f"pool {each.pool}, backend {backend.id}: {error}") from error
-            if position not in self._sockets:
-                raise SnapshotError(f"there is no socket for listener {each.config.name}")
+    def leave_group(self, number: int, sock: socket.socket) -> None:
+        """A datagram listener's socket goes; see `Listeners.leave_group`."""
+        self._listeners.leave_group(number, sock)
+
+    def give(self, number: int, sock: socket.socket, *, is_lasting: bool = False) -> None:
+        """The socket of a listener that the next snapshot has. It is this object's from here on."""
+        self._listeners.give(number, sock, is_lasting=is_lasting)
+
+    def configure(
+        self,
+        config: Config,
+        files: Files,
+        secrets: Files,
+        answers: Answers,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
+        """Take a snapshot into use. Raises ``SnapshotError`` and changes nothing if it cannot be served.
+
+        ``numbers``: of its listeners, and Mode A's behind them; None: they are numbered by their positions.
+        What is new starts, and what is not in it any more goes, at `commit`: another ``configure`` before
+        that takes it back."""
+        before = self._plan
+        plan = compile_snapshot(config, files, secrets, before)
+        if numbers is None:
+            numbers = range(len(plan.listeners) + (plan.passthrough is not None))
+        diallers = self._diallers.compiled(plan)
+        relays = self._listeners.compiled(plan, numbers)
         # From here on nothing fails.
-        self._dialler.take_over(dialler)
-        self._l4_dialler.take_over(l4_dialler)
+        self.spans.flush()
+        self._diallers.take_over(diallers)
         self._plan = plan
-        self._set_pools(plan)
-        for position, each in enumerate(plan.listeners):
-            self._set_listener(position, each, config)
+        self._answers = answers
+        self._set_pools(plan, before)
+        log_to = config.observability.access_log
+        if log_to is None:
+            self.access_log.configure(None)
+        else:
+            self.access_log.configure(log_to.path, log_to.format, log_to.sample)
+        self._listeners.configure(plan, numbers, before, self._pools, relays)
         self._tick_s = max(
             _MIN_TICK_S, config.runtime.watchdog.sweep_interval_ms / 1000 / _SWEEPS_PER_INTERVAL
         )
-        if not self._is_serving:
-            await asyncio.gather(
-                *(discovery.first_answers(_FIRST_ANSWERS_S) for discovery in self._discoveries.values())
-            )
 
-    def _set_pools(self, plan: Plan) -> None:
-        for name in list(self._pools):
-            if name not in plan.pools:
-                pool = self._pools.pop(name)
-                self._discoveries.pop(name).close()
-                pool.replace((), pool.policy)
-                self._retired.append(pool)
+    def commit(self, handed: Collection[int] = ()) -> None:
+        """The snapshot stays. ``handed``: numbers of listeners that go, and whose sockets new ones have."""
+        plan = self._plan
+        if plan is None:
+            return
+        self._listeners.commit(handed)
+        for name in [name for name in self._pools if name not in plan.pools]:
+            pool = self._pools.pop(name)
+            del self._found[name]
+            self._standings.pop(name, None)  # a later pool of this name begins anew
+            self._parting.append(pool)
+        self._parting += self._replaced.values()
+        self._replaced.clear()
+        self._part()
+
+    def _part(self) -> None:
+        """Empty the pools that nobody asks any more: of a listener that goes, clients may have another
+        request on its way."""
+        if self._parting and not self._listeners.are_retiring:
+            parting = self._parting
+            self._parting = [pool for pool in parting if pool.queue]
+            for pool in parting:
+                if not pool.queue:
+                    pool.replace(())
+                    self._retired.append(pool)
+
+    def _set_pools(self, plan: Plan, before: Plan | None) -> None:
         for name, pool_plan in plan.pools.items():
-            known = self._pools.get(name)
-            if known is None:
-                attach = _Attach(self.reactor, self._dialler)
-                known = self._pools[name] = Pool(name, pool_plan.policy, attach)
-                self._discoveries[name] = Discovery(known, self._resolver)
-            self._discoveries[name].apply(pool_plan.backends, pool_plan.policy)
+            if before is not None and name in before.pools and pool_plan.is_of_other_kind(before.pools[name]):
+                self._replace_pool(name)
+            if name not in self._pools:
+                pool = Pool(name, self._diallers.attach, self.reactor, self.reactor.call_soon)
+                self._pools[name] = pool
+                pool.on_alarm = self._report_soon
+                pool.standing = self._standings.get(name, pool.standing)
+            self._set_backends(pool_plan)
 
-    def _set_listener(self, position: int, each: ListenerPlan, config: Config) -> None:
-        pool = self._pools[each.pool]
-        counters = self._counters.get(position)
-        if counters is None:
-            counters = self._counters[position] = ListenerCounters(each.config.name)
-        known = self._listeners.get(position)
-        if isinstance(known, HttpListener):
-            known.service = http_service(each, config, pool, counters, self.reactor, self._ids)
-            known.h1_limits = h1_limits(each, config)
-            known.door = each.door
-            known.tls = each.tls
-        elif isinstance(known, TcpListener):
-            known.pool = pool
-            known.door = each.door
-            known.tls = each.tls
-        elif isinstance(known, UdpListener):
-            known.pool = pool
+    def _replace_pool(self, name: str) -> None:
+        """A pool of this name is another one from now on. Listeners that go still need the one before, whose
+        backends speak what they need; and so does everybody if the snapshot is taken back."""
+        pool = self._pools.pop(name)
+        self._found.pop(name, None)
+        if (other := self._replaced.pop(name, None)) is not None:
+            self._pools[name] = other
+            pool.replace(())
+            self._retired.append(pool)
         else:
-            self._listeners[position] = self._make(position, each, config, counters, pool)
-        packed = self._tickets.get(each.config.name)
-        if packed is not None:
-            self._install_tickets(each, packed)
+            self._replaced[name] = pool
 
-    def _make(
-        self, position: int, each: ListenerPlan, config: Config, counters: ListenerCounters, pool: Pool
-    ) -> AnyListener:
-        sock = self._sockets[position]
-        if each.config.is_datagram:
-            return UdpListener(self.reactor, sock, self._census, counters, pool)
-        if each.config.is_http:
-            service = http_service(each, config, pool, counters, self.reactor, self._ids)
-            limits = h1_limits(each, config)
-            return HttpListener(
-                self.reactor, sock, each.door, self._census, counters, service, limits, each.tls
-            )
-        return TcpListener(
-            self.reactor, sock, each.door, self._census, counters, pool, self._l4_dialler, each.tls
-        )
+    def _set_backends(self, plan: PoolPlan) -> None:
+        """Give a pool the backends it has now, if they are others than before."""
+        pool = self._pools[plan.name]
+        found = expand(plan.backends, self._answers)
+        wanted = (found, plan.settings)
+        if self._found.get(plan.name) == wanted:
+            return
+        self._found[plan.name] = wanted
+        pool.empty_fault = Fault.DNS if plan.backends else Fault.NO_BACKEND
+        pool.replace(found, plan.settings)
+
+    def set_answers(self, answers: Answers) -> None:
+        """What DNS says now."""
+        self._answers = answers
+        if self._plan is not None:
+            for plan in self._plan.pools.values():
+                self._set_backends(plan)
+
+    def judge(self, standings: Mapping[str, Standing]) -> None:
+        """Who may be used, by the supervisor's word, for the pools that are named."""
+        for name, standing in standings.items():
+            pool = self._pools.get(name)
+            if pool is not None:
+                pool.judge(standing)
+            elif self._plan is not None:
+                continue  # of a pool that has gone: one of this name that comes later begins anew
+            self._standings[name] = standing
 
     def install_tickets(self, listener: str, packed: bytes) -> None:
         """Session ticket keys of a TLS listener, from the supervisor: the same for all workers."""
-        is_first = listener not in self._tickets
-        self._tickets[listener] = packed
-        if self._plan is None:
-            return
-        for position, each in enumerate(self._plan.listeners):
-            if each.config.name == listener:
-                self._install_tickets(each, packed)
-                if not is_first:
-                    self._counters[position].ticket_rotations += 1
-
-    @staticmethod
-    def _install_tickets(each: ListenerPlan, packed: bytes) -> None:
-        if each.tls is None:
-            return
-        try:
-            each.tls.install_tickets(unpack_keys(packed))
-        except TicketsUnavailable as error:
-            log.warning(
-                "TLS sessions resume on one worker only: %s",
-                error,
-                extra={"fields": {"listener": each.config.name}},
-            )
+        self._listeners.install_tickets(listener, packed, self._plan)
 
     # -- life ------------------------------------------------------------------------------------------
 
@@ -190,8 +219,10 @@ class Runtime:
         if self._is_serving:
             return
         self._is_serving = True
-        for listener in self._listeners.values():
-            listener.start()
+        for pool in self._pools.values():
+            pool.finish_table()
+        self._listeners.start()
+        self.commit()
         self._swept_at = time.monotonic()
         self._loop.call_later(self._tick_s, self._sweep)
 
@@ -202,78 +233,86 @@ class Runtime:
         self.reactor.now = now
         # First of all: whatever fails below, every timeout hangs on the next sweep.
         self._loop.call_later(self._tick_s, self._sweep)
-        for swept in (*self._listeners.values(), *self._pools.values(), *self._retired):
+        for swept in (
+            *self._listeners,
+            *self._pools.values(),
+            *self._replaced.values(),
+            *self._parting,
+            *self._retired,
+            self._mirrors,
+            self.access_log,
+            self.spans,
+        ):
             try:
                 swept.sweep(now)
             except Exception:  # noqa: BLE001 - the safety net, as in the reactor
                 self.reactor.fault(swept.sweep)
+        self._part()
         self._retired = [pool for pool in self._retired if pool.is_busy]
+        self._report_outcomes()
 
-    def stop_accepting(self) -> None:
-        for listener in self._listeners.values():
-            listener.stop()
+    # -- what the supervisor is told -------------------------------------------------------------------
 
-    async def drain(self) -> dict[str, int]:
+    def report_to(self, send: Callable[[Message], None]) -> None:
+        """``send`` takes messages for the supervisor."""
+        self._report = self.spans.tell = send
+
+    def _report_soon(self) -> None:
+        """A backend keeps failing: that is not left for the next sweep."""
+        if not self._is_report_due:
+            self._is_report_due = True
+            self.reactor.call_soon(self._report_outcomes)
+
+    def _report_outcomes(self) -> None:
+        self._is_report_due = False
+        pools = {name: found for name, pool in self._pools.items() if (found := pool.take_outcomes())}
+        if pools:
+            self._report({"type": "outcomes", "pools": pools})
+
+    def stop_accepting(self, sockets: str = "close") -> None:
+        """``sockets``: ``close`` ends the listening; ``hand_over``: other workers read them from now on;
+        ``keep``: somebody will accept later what comes now."""
+        self._listeners.stop(
+            hands_over_streams=sockets != "close", hands_over_datagrams=sockets == "hand_over"
+        )
+
+    async def drain(self, sockets: str = "close") -> dict[str, int]:
         """Stop accepting, let everything end, cut short what is left after each listener's time.
 
-        Gives what was cut short, by listener.
+        Gives what was cut short, by listener. ``sockets``: as above.
         """
         plan = self._plan
-        aborted: dict[str, int] = {}
         if plan is None:
-            return aborted
-        self.stop_accepting()
-        await asyncio.gather(
-            *(
-                self._drain_listener(self._listeners[position], each, aborted)
-                for position, each in enumerate(plan.listeners)
-            )
-        )
-        for pool in self._pools.values():
+            return {}
+        self.stop_accepting(sockets)
+        aborted = await self._listeners.drain()
+        for pool in (*self._pools.values(), *self._parting):
             pool.close_idle()
+        self.access_log.close(_LAST_LINES_S)
+        self.spans.flush()
         return aborted
-
-    async def _drain_listener(
-        self, listener: AnyListener, each: ListenerPlan, aborted: dict[str, int]
-    ) -> None:
-        ends = self._loop.time() + each.config.drain_timeout_ms / 1000
-        listener.drain(each.config.drain_jitter_ms / 1000)
-        while listener.open and self._loop.time() < ends:  # noqa: ASYNC110 - nobody signals the last one
-            await asyncio.sleep(min(self._tick_s, 0.05))
-        left = listener.go_away()
-        if left:
-            aborted[each.config.name] = left
-            await asyncio.sleep(0.05)  # goodbyes are on their way
 
     def open(self) -> dict[str, int]:
         """Connections and flows open now, by listener."""
-        if self._plan is None:
-            return {}
-        return {
-            each.config.name: self._listeners[position].open
-            for position, each in enumerate(self._plan.listeners)
-        }
+        return self._listeners.open()
+
+    def told(self, limit: int) -> Message:
+        """Clients' connections, for whoever asks: see ``connections``."""
+        return told(self._listeners, limit, time.monotonic())
 
     # -- metrics ---------------------------------------------------------------------------------------
 
-    def collect(self) -> Iterator[Sample]:
-        """This worker's samples."""
-        for counters in self._counters.values():
-            yield from counters.collect()
-        for pool in self._pools.values():
-            yield "pool_unavailable", (pool.name,), pool.unavailable
-            for reason, number in pool.retries.items():
-                yield "backend_retries", (pool.name, reason), number
-            unsolicited = pool.unsolicited_before
-            for backend in pool.backends:
-                unsolicited += backend.unsolicited
-                yield from _collect_backend(pool.name, backend)
-            if unsolicited:
-                yield "security_events", (pool.name, "unsolicited_response"), unsolicited
-        dns = self._resolver.counters
-        yield "dns_queries", (), dns.queries
-        yield "dns_failures", (), dns.failures
-        yield "dns_stale_served", (), dns.stale_served
+    def sources(self) -> Iterator[Source]:
+        """Whatever counts in this worker. The caller may pause between two of them, whatever changes then."""
+        for counters in list(self._listeners.counters()):
+            yield from listener_sources(counters)
+        for pool in list(self._pools.values()):
+            yield from pool_sources(pool)
+        yield self.access_log, None, self.access_log.collect
+        yield self.spans, None, self.spans.collect
+        if self.steering is not None:
+            handover = self.steering.handover
+            yield handover, None, partial(collect_handover, handover)
 
     @property
     def faults(self) -> int:
@@ -284,28 +323,5 @@ class Runtime:
         return self._lag_s
 
 
-class _Attach:
-    """Gives a new backend its connections; a layer 4 pool's backends are dialled per connection."""
-
-    def __init__(self, reactor: Reactor, dialler: Dialler) -> None:
-        self._reactor = reactor
-        self._dialler = dialler
-
-    def __call__(self, backend: Backend) -> None:
-        if backend.settings.protocol == "h1":
-            backend.connections = H1Connections(backend, self._reactor, self._dialler)
-
-
-def _collect_backend(pool: str, backend: Backend) -> Iterator[Sample]:
-    labels = (pool, backend.id)
-    for status_class, number in zip(CLASSES, backend.responses, strict=True):
-        if number:
-            yield "backend_requests", (*labels, status_class), number
-    yield "backend_inflight", labels, backend.in_flight
-    yield "backend_connect_failures", labels, backend.connect_failures
-    yield "pool_leases", labels, backend.leases
-    yield "pool_reuse", labels, backend.reused
-    if backend.connections is not None:
-        idle = backend.connections.idle
-        yield "pool_connections", (*labels, "idle"), idle
-        yield "pool_connections", (*labels, "busy"), backend.connections.open - idle
+def _to_nobody(_: Message) -> None:
+    """Before there is a channel."""

@@ -1,80 +1,107 @@
-"""From merged counts to the text that Prometheus reads.
+"""From series to the text that Prometheus reads: format 0.0.4, or OpenMetrics 1.0 for who asks for it.
 
-Names, help and types come from `FAMILIES`; the text itself is the prometheus client's work.
+Names, help and types come from the catalogue. Both formats have the same sample lines, and a series keeps
+its own until it changes: a scrape makes the text of those only that have changed since the last one. It is
+made in pieces, so that its maker can do something else in between.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Final
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
-from prometheus_client.metrics_core import Metric
-from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
-from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
+from expressgateway.control.ledger import Series, Table
+from expressgateway.observe.counters import BUCKETS_S, Family
 
-from expressgateway.control.ledger import Merged
-from expressgateway.observe.counters import BUCKETS_S, FAMILIES, Family
-
-SUPERVISOR_FAMILIES: Final[dict[str, Family]] = {
-    "admin_rejects": Family("counter", "Clients the admin listener turned away, by reason.", ("reason",)),
-    "shutdown_drain_seconds": Family(
-        "gauge", "How long a phase of the drain has taken, or takes so far.", ("phase",)
-    ),
-    "shutdown_aborted_connections": Family(
-        "counter", "Connections still open at the end of the drain.", ("listener",)
-    ),
-}
-"""Families that only the supervisor has, besides those of `FAMILIES` that it fills."""
-
+PLAIN: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
-_BOUNDS: Final = (*map(floatToGoString, BUCKETS_S), "+Inf")
+_PIECE: Final = 32  # series; a histogram is 17 lines
+_BOUNDS: Final = (*map(repr, BUCKETS_S), "+Inf")
 
 
-class _Counts(Collector):
-    def __init__(self, merged: Merged) -> None:
-        self._merged = merged
-
-    def collect(self) -> Iterator[Metric]:
-        for name, family in (FAMILIES | SUPERVISOR_FAMILIES).items():
-            if (series := self._merged.get(name)) is not None:
-                metric = _new(name, family)
-                for labels, value in sorted(series.items()):
-                    if isinstance(metric, HistogramMetricFamily):
-                        if isinstance(value, list):
-                            metric.add_metric(labels, _cumulative(value), value[-1])
-                    elif not isinstance(value, list):
-                        metric.add_metric(labels, value)
-                yield metric
+def expose(tables: Mapping[str, Table], accept: str = "") -> tuple[bytes, str]:
+    """The whole text and its content type."""
+    is_open = wants_openmetrics(accept)
+    return b"".join(pieces(tables, is_open=is_open)), content_type(is_open=is_open)
 
 
-def _new(name: str, family: Family) -> CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily:
-    match family.kind:
-        case "counter":
-            return CounterMetricFamily(name, family.help, labels=family.labels)
-        case "histogram":
-            return HistogramMetricFamily(name, family.help, labels=family.labels)
-        case _:
-            return GaugeMetricFamily(name, family.help, labels=family.labels)
+def wants_openmetrics(accept: str) -> bool:
+    return "application/openmetrics-text" in accept
 
 
-def _cumulative(counts: list[float]) -> list[tuple[str, float]]:
-    """Buckets as the format has them: each holds all smaller ones too."""
-    total = 0.0
-    buckets: list[tuple[str, float]] = []
-    for bound, count in zip(_BOUNDS, counts, strict=False):  # the last number is the sum
-        total += count
-        buckets.append((bound, total))
-    return buckets
+def content_type(*, is_open: bool) -> str:
+    return OPENMETRICS if is_open else PLAIN
 
 
-def expose(merged: Merged, accept: str = "") -> tuple[bytes, str]:
-    """The text and its content type: OpenMetrics if the client takes it, else the format every one reads."""
-    registry = CollectorRegistry()
-    registry.register(_Counts(merged))
-    if "application/openmetrics-text" in accept:
-        # the client library leaves this one function without types
-        return generate_openmetrics(registry), OPENMETRICS  # type: ignore[no-untyped-call]
-    return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
+def pieces(tables: Mapping[str, Table], *, is_open: bool) -> Iterator[bytes]:
+    """The text, a little at a time. Series may change, come and go between two pieces."""
+    for name, table in tables.items():
+        ordered = table.ordered()
+        if not ordered:
+            continue
+        family = table.description
+        writer = _Writer(name, family)
+        yield _head(name, family, is_open=is_open)
+        for start in range(0, len(ordered), _PIECE):
+            yield "".join(
+                [series.text or writer.write(series) for series in ordered[start : start + _PIECE]]
+            ).encode()
+    if is_open:
+        yield b"# EOF\n"
+
+
+def _head(name: str, family: Family, *, is_open: bool) -> bytes:
+    text = family.help.replace("\\", "\\\\").replace("\n", "\\n")
+    if is_open:
+        text = text.replace('"', '\\"')
+    elif family.kind == "counter":
+        name += "_total"  # OpenMetrics names the family, the older format its one series
+    return f"# HELP {name} {text}\n# TYPE {name} {family.kind}\n".encode()
+
+
+class _Writer:
+    """Writes the lines of one family's series."""
+
+    __slots__ = ("_family", "_is_histogram", "_name", "_template")
+
+    def __init__(self, name: str, family: Family) -> None:
+        self._family = family
+        self._is_histogram = family.kind == "histogram"
+        self._name = f"{name}_total" if family.kind == "counter" else name
+        comma = "," if family.labels else ""
+        self._template = (
+            "".join(f'{name}_bucket{{%s{comma}le="{bound}"}} %s\n' for bound in _BOUNDS)
+            + f"{name}_count{_braces('%s', family)} %s\n{name}_sum{_braces('%s', family)} %s\n"
+            if self._is_histogram
+            else ""
+        )
+
+    def write(self, series: Series) -> str:
+        """The lines, which the series keeps."""
+        labels = ",".join(
+            [
+                f'{name}="{_escaped(value)}"'
+                for name, value in zip(self._family.labels, series.labels, strict=True)
+            ]
+        )
+        value = series.value
+        if isinstance(value, list):
+            cells: list[object] = []
+            total: float = 0
+            for total in accumulate(value[:-1]):  # each bucket holds all smaller ones, too
+                cells += (labels, total)
+            both = (labels,) if self._family.labels else ()
+            series.text = self._template % (*cells, *both, total, *both, value[-1])
+        else:
+            series.text = f"{self._name}{_braces(labels, self._family)} {float(value)}\n"
+        return series.text
+
+
+def _braces(labels: str, family: Family) -> str:
+    return f"{{{labels}}}" if family.labels else ""
+
+
+def _escaped(value: str) -> str:
+    if "\\" in value or '"' in value or "\n" in value:
+        return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return value

@@ -101,6 +101,8 @@ class H1Client:
         "writing",
     )
 
+    version = b"1.1"
+
     def __init__(self, shell: Shell, fields: FieldReader, max_head_bytes: int) -> None:
         # Wiring
         self.shell = shell

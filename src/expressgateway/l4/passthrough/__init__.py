@@ -1,0 +1,1 @@
+"""QUIC that is routed and never decrypted (Mode A)."""

@@ -1,0 +1,1 @@
+"""The exporter\x27s tests."""
