@@ -38,10 +38,13 @@ def reload(gateway: Gateway, **settings: object) -> str:
 
 
 def is_refused(port: int) -> bool:
-    with contextlib.suppress(ConnectionRefusedError):
+    try:
         socket.create_connection(("127.0.0.1", port), PATIENCE_S).close()
-        return False
-    return True
+    except ConnectionRefusedError:
+        return True
+    except ConnectionResetError:
+        pass  # somebody listened until just now
+    return False
 
 
 def pids(gateway: Gateway) -> list[int]:

@@ -13,8 +13,10 @@ QUICK = "drain_timeout_ms = 100"
 """Flows do not end by themselves: stopping takes the whole time."""
 
 
-def Gateway(directory: Path, text: str, workers: int = 1) -> harness.Gateway:  # noqa: N802 - stands for it
-    return harness.Gateway(directory, text, workers=workers, runtime=QUICK)
+def Gateway(  # noqa: N802 - stands for it
+    directory: Path, text: str, workers: int = 1, runtime: str = QUICK
+) -> harness.Gateway:
+    return harness.Gateway(directory, text, workers=workers, runtime=runtime)
 
 
 LABELS = {"listener": "passthrough"}
@@ -44,6 +46,6 @@ def quic_initial(dcid: bytes, token: bytes = b"", size: int = 1200, version: int
 
 
 async def until(claim: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while not claim():  # noqa: ASYNC110 - the claims are about another process
             await asyncio.sleep(0.01)

@@ -58,6 +58,19 @@ def _listener(name: str, protocol: str, port: int, backend: str, directory: Path
     return listener(port, backend, f"[listeners.{table}]\n{pair}{secret}{more}", name=name, protocol=protocol)
 
 
+@contextlib.contextmanager
+def renewal(gateway: Gateway, number: int = 1, *, is_told: bool = True) -> Iterator[None]:
+    """Wait for so many certificates that are published within to be renewed, by signal or by their files.
+
+    Counted from before they are published: those who watch the files may be faster than a signal.
+    """
+    goal = gateway.metric("certificate_reload_total", result="renewed") + number
+    yield
+    if is_told:
+        gateway.process.send_signal(signal.SIGUSR1)
+    gateway.wait_metric("certificate_reload_total", goal, result="renewed")
+
+
 @dataclass
 class World:
     """A gateway with the listeners ``web`` (h1s), ``raw`` (tls) and ``h3`` (quic), each with its own pair."""
@@ -72,16 +85,11 @@ class World:
         for name in names:
             self.shown[name] = _published(self.directory, name)
 
-    @property
-    def renewed(self) -> float:
-        return self.gateway.metric("certificate_reload_total", result="renewed")
-
-    def renew(self, number: int, signal_too: bool = True) -> None:
-        """Wait for so many certificates to be renewed."""
-        goal = self.renewed + number
-        if signal_too:
-            self.gateway.process.send_signal(signal.SIGUSR1)
-        eventually(lambda: self.renewed >= goal, f"{number} renewed")
+    @contextlib.contextmanager
+    def renewal(self, number: int, *, is_told: bool = True) -> Iterator[None]:
+        """What is published within is in use afterwards: so many certificates."""
+        with renewal(self.gateway, number, is_told=is_told):
+            yield
 
     def check(self) -> None:
         """Every worker shows the certificate that it should."""
@@ -89,6 +97,14 @@ class World:
             for name in ("web", "raw"):
                 assert presented(self.ports[name]) == self.shown[name], name
         asyncio.run(self._check_quic())
+
+    def is_shown(self) -> bool:
+        """Whether `check` would find it so."""
+        try:
+            self.check()
+        except AssertionError:
+            return False
+        return True
 
     async def _check_quic(self) -> None:
         for _ in range(_TIMES):
@@ -148,10 +164,13 @@ def test_sigusr1_renews_every_listener_and_disturbs_nobody(world: World) -> None
         version = world.gateway.metric("config_version")
         reloads = world.gateway.metric("config_reload_total")
 
+        def renewed() -> None:
+            with world.renewal(3):
+                world.publish("web", "raw", "h3")
+
         async def with_quic() -> None:
             async with quic_client(world.ports["h3"], ["h3"]) as before:
-                world.publish("web", "raw", "h3")
-                await asyncio.to_thread(world.renew, 3)
+                await asyncio.to_thread(renewed)
                 await asyncio.to_thread(world.check)
                 await before.ping()
                 assert quic_presented(before) == old["h3"]
@@ -164,12 +183,12 @@ def test_sigusr1_renews_every_listener_and_disturbs_nobody(world: World) -> None
 
 def test_a_bad_pair_keeps_the_old_one_and_the_others_are_renewed(world: World) -> None:
     good = (world.directory / "raw.key").read_bytes()
-    (world.directory / "raw.key").write_bytes(make_certificate().key)
-    world.publish("web", "h3")
     failed = world.gateway.metric("certificate_reload_total", result="failed")
-    world.renew(2)
+    with world.renewal(2):
+        (world.directory / "raw.key").write_bytes(make_certificate().key)
+        world.publish("web", "h3")
     world.check()
-    assert world.gateway.metric("certificate_reload_total", result="failed") == failed + 1
+    world.gateway.wait_metric("certificate_reload_total", failed + 1, result="failed")
     assert world.gateway.metric("certificate_reload_failing") == 1
     lines = [json.loads(line) for line in world.gateway.log().splitlines()]
     (told,) = [line for line in lines if line["level"] == "error"]
@@ -201,8 +220,8 @@ def test_handshakes_under_way_go_on(world: World) -> None:
             udp.send(data)
         answer = udp.recv(65536)
 
-        world.publish("web", "h3")
-        world.renew(2)
+        with world.renewal(2):
+            world.publish("web", "h3")
 
         incoming.write(flight)
         while True:
@@ -238,10 +257,10 @@ def test_signals_of_every_kind_at_once(world: World) -> None:
             if number % 10 == 0:
                 world.publish("web", "raw", "h3")
             world.gateway.process.send_signal(signal.SIGUSR1 if number % 3 else signal.SIGHUP)
-        eventually(lambda: presented(world.ports["raw"]) == world.shown["raw"], "the last one is shown")
+        eventually(world.is_shown, "the last ones are shown")
         eventually(lambda: world.gateway.metric("certificate_reload_failing") == 0, "all are good")
-        world.publish("web", "raw", "h3")
-        world.renew(3)
+        with world.renewal(3):
+            world.publish("web", "raw", "h3")
         world.check()
     assert world.gateway.metric("config_last_reload_successful") == 1
 
@@ -251,8 +270,8 @@ def test_signals_of_every_kind_at_once(world: World) -> None:
 
 def test_changed_files_are_seen(world: World) -> None:
     old = dict(world.shown)
-    world.publish("web", "raw", "h3")
-    world.renew(3, signal_too=False)
+    with world.renewal(3, is_told=False):
+        world.publish("web", "raw", "h3")
     world.check()
     assert old != world.shown
 
@@ -263,16 +282,16 @@ def test_half_a_pair_is_waited_for(world: World) -> None:
     failed = world.gateway.metric("certificate_reload_total", result="failed")
     world.gateway.wait_metric("certificate_reload_failing", 1)  # told of, as it stays
     assert presented(world.ports["web"]) == world.shown["web"]
-    (world.directory / "web.key").write_bytes(pem.key)
-    world.renew(1, signal_too=False)
+    with world.renewal(1, is_told=False):
+        (world.directory / "web.key").write_bytes(pem.key)
     world.shown["web"] = ssl.PEM_cert_to_DER_cert(pem.certificate.decode())
     world.check()
     assert world.gateway.metric("certificate_reload_total", result="failed") == failed + 1
 
 
 def test_expiry_is_a_metric_and_a_warning(world: World) -> None:
-    world.shown["raw"] = _published(world.directory, "raw", "raw.example", days=5)
-    world.renew(1)
+    with world.renewal(1):
+        world.shown["raw"] = _published(world.directory, "raw", "raw.example", days=5)
     end = x509.load_der_x509_certificate(world.shown["raw"]).not_valid_after_utc.timestamp()
     labels = {"listener": "raw", "subject": "CN=raw.example"}
     assert world.gateway.metric("certificate_expiry_timestamp_seconds", **labels) == end
@@ -299,8 +318,8 @@ def s_client(port: int, *options: str, stdin: bytes = _GET) -> str:
 def test_openssl_resumes_after_a_renewal(world: World, tmp_path: Path, version: str) -> None:
     session = str(tmp_path / "session.pem")
     assert "New, TLS" in s_client(world.ports["web"], version, "-sess_out", session)
-    world.publish("web")
-    world.renew(1)
+    with world.renewal(1):
+        world.publish("web")
     for _ in range(_TIMES):
         assert "Reused, TLS" in s_client(world.ports["web"], version, "-sess_in", session)
     world.check()
@@ -332,8 +351,12 @@ def test_quic_resumes_after_a_renewal(world: World) -> None:
 
         for _ in range(12):
             assert not await ask(None)
-        world.publish("h3")
-        await asyncio.to_thread(world.renew, 1)
+
+        def renewed() -> None:
+            with world.renewal(1):
+                world.publish("h3")
+
+        await asyncio.to_thread(renewed)
         # Each meets its worker with a probability of one half.
         assert True in [await ask(ticket) for ticket in list(tickets)]
 
@@ -392,12 +415,6 @@ class Other:
     """The certificates that the backend was shown."""
     context: ssl.SSLContext
     """The backend's."""
-
-    def renew(self) -> None:
-        """Have one certificate more in use."""
-        goal = self.gateway.metric("certificate_reload_total", result="renewed") + 1
-        self.gateway.process.send_signal(signal.SIGUSR1)
-        self.gateway.wait_metric("certificate_reload_total", goal, result="renewed")
 
     def staple(self) -> None:
         pem = (self.directory / "stapling.crt").read_bytes()
@@ -469,8 +486,8 @@ def test_an_ocsp_response_is_stapled_and_renewed(other: Other) -> None:
 
     assert [stapled() for _ in range(4)] == [True] * 4
     assert gauge() == 1
-    _published(other.directory, "stapling")
-    other.renew()
+    with renewal(other.gateway):
+        _published(other.directory, "stapling")
     assert [stapled() for _ in range(4)] == [False] * 4, "it is the old certificate's"
     assert gauge() == 0
     other.staple()
@@ -484,18 +501,18 @@ def test_an_ocsp_response_is_stapled_and_renewed(other: Other) -> None:
 def test_what_backends_are_shown_and_who_vouches_for_them(other: Other) -> None:
     old = ssl.PEM_cert_to_DER_cert((other.directory / "client.crt").read_text())
     assert (other.status(), other.seen[-1]) == (200, old)
-    new = _published(other.directory, "client")
+    with renewal(other.gateway):
+        new = _published(other.directory, "client")
     other.context.load_verify_locations(other.directory / "client.crt")
-    other.renew()
     assert (other.status(), other.seen[-1]) == (200, new)
-    _published(other.directory, "server")
+    with renewal(other.gateway):
+        _published(other.directory, "server")
     other.context.load_cert_chain(other.directory / "server.crt", other.directory / "server.key")
-    other.renew()
     assert other.status() == 200
 
 
 def test_who_vouches_for_clients(other: Other) -> None:
     assert not other.is_let_in()
-    (other.directory / "clients.pem").write_bytes((other.directory / "alice.crt").read_bytes())
-    other.renew()
+    with renewal(other.gateway):
+        (other.directory / "clients.pem").write_bytes((other.directory / "alice.crt").read_bytes())
     assert other.is_let_in()

@@ -106,7 +106,9 @@ class TestChanges:
     def test_it_moves_and_goes(self, world: World, tmp_path: Path) -> None:
         port, other_port = free_port(), free_port()
         a = world.server("a")
-        with Gateway(tmp_path, passthrough(port, a), workers=2) as gateway:
+        # What is removed may go on for so long: enough for what is asked of it below.
+        patient = "drain_timeout_ms = 8000"
+        with Gateway(tmp_path, passthrough(port, a), workers=2, runtime=patient) as gateway:
 
             async def main() -> None:
                 async with client(port, world.configuration()) as one:
@@ -187,7 +189,7 @@ class TestChanges:
                         assert not other.protocol._connected
 
             run(main)
-            assert gateway.process.wait(20) == 0
+            assert gateway.process.wait(30) == 0
             assert "1 connection cut off" in gateway.log()
 
     def test_what_the_status_shows(self, world: World, tmp_path: Path) -> None:
