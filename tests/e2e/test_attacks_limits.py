@@ -320,14 +320,17 @@ def test_running_out_of_descriptors_pauses_the_listener_and_no_more(tmp_path: Pa
         Steady(port, slowest_s=3.0),
     ):
         (worker,) = gateway.worker_pids()
+        accepted = gateway.metric("connections_total", listener="web")
         taken = len(list(Path(f"/proc/{worker}/fd").iterdir()))
         resource.prlimit(worker, resource.RLIMIT_NOFILE, (taken + 20, taken + 20))
         clients = [Client(port) for _ in range(60)]
         gateway.wait_metric("accept_errors_total", listener="web", kind="EMFILE")
         _close(clients[:50])
-        # Their descriptors are free again, so that the others find one towards a backend as well.
+        # Those who left wait in the queue as well, and take a descriptor each for as long as it takes to see
+        # that they did. After that the others find one towards a backend too.
+        gateway.wait_metric("connections_total", accepted + len(clients), listener="web")
         eventually(
-            lambda: gateway.metric("connections_inflight", listener="web") <= 11, "the rest is accepted"
+            lambda: gateway.metric("connections_inflight", listener="web") <= 11, "only the others are left"
         )
         for client in clients[50:]:
             assert _is_served(client)
@@ -336,7 +339,7 @@ def test_running_out_of_descriptors_pauses_the_listener_and_no_more(tmp_path: Pa
 
 def test_a_client_that_sends_nothing_is_closed_when_idle(house: House) -> None:
     port = house.port
-    more = "[listeners.http]\nidle_timeout_ms = 300\n"
+    more = "[listeners.http]\nidle_timeout_ms = 1500\n"
     runtime = "[runtime.watchdog]\nsweep_interval_ms = 100\n"
     with Backend() as backend, house.gateway(listener(port, backend, more), runtime=runtime) as gateway:
         with Client(port) as silent, Client(port) as kept_alive:
