@@ -25,7 +25,7 @@ from expressgateway.control.workers import Slot
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS_S: Final = 0.5
+CONNECTIONS_S: Final = 2.0
 """For workers to tell of their connections."""
 
 

@@ -47,9 +47,9 @@ class Timing:
     """For a new worker to apply the configuration."""
     apply_s: float = 10.0
     """For a running worker to apply another one."""
-    collect_s: float = 0.5
+    collect_s: float = 2.0
     """For counters; then those of the last time are used."""
-    close_s: float = 1.0
+    close_s: float = 5.0
     """For draining workers to stop accepting, before the listening sockets are closed over their heads."""
 
 

@@ -141,6 +141,7 @@ class Supervisor:
             # Also when something failed: no worker outlives its supervisor unnoticed.
             await self._end_workers()
             await self._close()
+            await self._ignore_signals()
         return code
 
     async def _live(self, tasks: asyncio.TaskGroup) -> int:
@@ -292,6 +293,19 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self._on_reload)
         loop.add_signal_handler(signal.SIGUSR1, self.certificates.ask)
         loop.add_signal_handler(signal.SIGUSR2, self._on_upgrade)
+
+    @staticmethod
+    async def _ignore_signals() -> None:
+        """Nothing is left to be asked of us. A loop that closes would complain of a signal on its standard
+        error, and one that is closed would let it end the process with another exit code than ours."""
+        loop = asyncio.get_running_loop()
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+        await loop.shutdown_default_executor()  # its threads would take what this one does not
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        for number in numbers:
+            loop.remove_signal_handler(number)  # which has it end the process, for a moment
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _on_stop(self, name: str) -> None:
         if self._stop.is_set() and not self._is_stop_asked:
