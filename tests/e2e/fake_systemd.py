@@ -148,7 +148,11 @@ class Unit(Gateway):
 
     def __enter__(self) -> Self:
         self.begin()
-        self.wait_ready()
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.abandon()
+            raise
         return self
 
     def begin(self) -> None:

@@ -26,8 +26,8 @@ import pytest
 from expressgateway.demo.certificate import CertificateFiles, make_certificate, write_certificate
 from tests.ports import free_port
 
-PATIENCE_S = 20.0
-"""A wait that takes longer has failed."""
+PATIENCE_S = 60.0
+"""A wait that takes longer has failed. All takes a fraction of it, but the machine has other things to do."""
 
 
 def need(*programs: str) -> pytest.MarkDecorator:
@@ -82,6 +82,8 @@ class Gateway:
             f"[runtime]\nworkers = {workers}\n"
             + ("" if "readiness_settle_ms" in runtime else "readiness_settle_ms = 0\n")
             + ("" if "drain_timeout_ms" in runtime else "drain_timeout_ms = 2000\n")
+            + ("" if "handshake_timeout_ms" in runtime else "handshake_timeout_ms = 60000\n")
+            + ("" if "connect_timeout_ms" in runtime else "connect_timeout_ms = 60000\n")
             + ("" if "drain_jitter_ms" in runtime else "drain_jitter_ms = 0\n")
             + f"{runtime}\n[observability]\nmetrics_bind = '127.0.0.1:{self.admin}'\n"
         )
@@ -99,8 +101,17 @@ class Gateway:
                 stdin=subprocess.DEVNULL,
                 env=self.environment,
             )
-        eventually(self._is_ready, "the gateway is ready")
+        try:
+            eventually(self._is_ready, "the gateway is ready")
+        except BaseException:
+            self.abandon()
+            raise
         return self
+
+    def abandon(self) -> None:
+        """It did not start: nothing of it may be left to others."""
+        self.process.kill()
+        self.process.wait()
 
     def _is_ready(self) -> bool:
         if self.process.poll() is not None:
@@ -332,7 +343,7 @@ class Steady:
         tls: ssl.SSLContext | None = None,
         body: bytes = b"backend",
         source: str = "",
-        slowest_s: float = 2.0,
+        slowest_s: float = 5.0,
     ) -> None:
         self._client = Client(port, tls=tls, source=source)
         self._body = body
