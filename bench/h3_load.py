@@ -220,7 +220,7 @@ class LoadSession:
 async def run(arguments: argparse.Namespace) -> dict[str, object]:
     reactor = Reactor(asyncio.get_running_loop())
     grants = replace(GRANTS, idle_timeout_s=IDLE_S) if arguments.idle else GRANTS
-    dialler = QuicDialler(reactor, Timers(reactor), 5.0, ("h3",), grants)
+    dialler = QuicDialler(reactor, Timers(reactor), 60.0, ("h3",), grants)
     tls = TlsSettings(verify_peer=False, hostname="localhost", ca_pem=None, cert_pem=None, key_pem=None)
     settings = BackendSettings("load", arguments.host, arguments.port, "h3", 1, tls, None)
     address: SocketAddress = (arguments.host, arguments.port)

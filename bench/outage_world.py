@@ -26,7 +26,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 NAMES: Final = ("b1", "b2", "b3")
 VICTIM: Final = "b2"
 KEYED: Final = frozenset({"maglev", "ring_hash", "session_affinity"})
-START_S: Final = 15.0
+START_S: Final = 30.0
 CONNECTIONS: Final = 32
 
 # A thousand keys, so that policies that go by one have something to go by; a pause before each request, so

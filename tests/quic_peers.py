@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-PATIENCE_S: Final = 20.0
+PATIENCE_S: Final = 60.0
 DATAGRAM_BYTES: Final = 65_535
 
 

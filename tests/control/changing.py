@@ -179,9 +179,9 @@ def listening(gateway: FakeGateway) -> Iterator[int]:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        started.wait(10)
+        started.wait(30)
         yield sock.getsockname()[1]
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
+        thread.join(30)
         sock.close()

@@ -64,7 +64,7 @@ def served(
         server = AdminServer(sock, Endpoints(seen, seen.rejects).answer, seen.rejects, timeout_s)
         await server.start()
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(30):
                 await test(sock.getsockname()[1])
         finally:
             await server.close()
@@ -386,7 +386,7 @@ def echoed(
         server = AdminServer(sock, seen.answer, seen.rejects, timeout_s)
         await server.start()
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(30):
                 await test(sock.getsockname()[1], seen)
         finally:
             await server.close()
@@ -442,7 +442,7 @@ class TestBodies:
     def test_client_that_is_sending_too_much_gets_to_read_why(self) -> None:
         def send_all_then_read(port: int) -> bytes:
             size = 10 * MAX_BODY_BYTES
-            with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
                 client.sendall(get("/x", f"Content-Length: {size}", method="POST"))
                 select.select([client], [], [], 10)  # it is refused already
                 poller = select.poll()

@@ -72,7 +72,7 @@ def served(
         server = AdminServer(sock, chosen, seen.rejects, timeout_s)
         await server.start()
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(30):
                 await test(sock.getsockname()[1], seen.rejects)
         finally:
             await server.close()

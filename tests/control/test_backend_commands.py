@@ -234,7 +234,7 @@ def answering(wire: bytes) -> Iterator[int]:
         try:
             yield server.getsockname()[1]
         finally:
-            thread.join(10)
+            thread.join(30)
 
 
 @pytest.mark.parametrize(

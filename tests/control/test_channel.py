@@ -80,7 +80,7 @@ def pair(talk: Callable[[Channel, Channel], Awaitable[None]]) -> None:
     async def main() -> None:
         one, other = socket.socketpair()
         left, right = await Channel.open(one), await Channel.open(other)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await talk(left, right)
         left.abort()
         right.abort()

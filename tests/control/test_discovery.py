@@ -65,7 +65,7 @@ class World(Bench):
 
     async def settled(self) -> None:
         """Until every name that is watched waits for its time."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while self.sleeping < len(self.discovery.answers()):
                 self._news.clear()
                 await self._news.wait()

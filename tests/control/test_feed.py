@@ -26,7 +26,7 @@ class Counted:
 
 def run(work: Coroutine[Any, Any, None]) -> None:
     async def main() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             await work
 
     asyncio.run(main())

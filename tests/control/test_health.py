@@ -67,7 +67,7 @@ class World:
         return said
 
     async def until(self, done: Callable[[], bool]) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not done():  # noqa: ASYNC110 - what is waited for is made of many probes
                 await asyncio.sleep(0.002)
 

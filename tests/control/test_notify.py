@@ -13,7 +13,7 @@ import pytest
 
 from expressgateway.control.notify import FDSTORE, KEPT, MAX_WAITING, Notifier, keeps_sockets, passed
 
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 QUEUE = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
 """So many datagrams wait for who does not read."""
 

@@ -359,7 +359,7 @@ class TestTls:
         async def main() -> None:
             async with serving(talk, server_context("localhost")) as address:
                 await run(probe_for(wanted("tls"), backend(tls=tls()), address), 2)
-                async with asyncio.timeout(2):
+                async with asyncio.timeout(30):
                     while not ends:  # noqa: ASYNC110 - what the server saw has no event of its own
                         await asyncio.sleep(0.005)
 
@@ -447,7 +447,7 @@ class TestProxyHeader:
                 seen.append(await reader.read())
                 done.set()
 
-            async with serving(talk) as address, asyncio.timeout(2):
+            async with serving(talk) as address, asyncio.timeout(30):
                 assert await run(probe_for(wanted("tcp"), backend(send_proxy="v2"), address), 2)
                 await done.wait()
 
@@ -461,7 +461,7 @@ class TestProxyHeader:
 
         def serve() -> None:
             raw, _ = listener.accept()
-            raw.settimeout(5)
+            raw.settimeout(30)
             seen.append(raw.recv(len(V1_UNKNOWN), socket.MSG_WAITALL))  # not a byte of the handshake
             with context.wrap_socket(raw, server_side=True) as connection:
                 connection.recv(4096)
@@ -471,7 +471,7 @@ class TestProxyHeader:
         thread.start()
         probe = probe_for(wanted("http"), backend(send_proxy="v1", tls=tls()), listener.getsockname())
         assert asyncio.run(run(probe, 2)) == Result(True, "status 200")
-        thread.join(5)
+        thread.join(30)
         listener.close()
         assert seen == [V1_UNKNOWN]
 

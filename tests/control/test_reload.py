@@ -83,7 +83,7 @@ class Maker:
 
 def run(test: Callable[[Queue, Maker], Awaitable[None]], patience_s: float = 10.0) -> None:
     async def main() -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await test(Queue(lambda: None, patience_s), Maker())
 
     asyncio.run(main())

@@ -101,7 +101,7 @@ class TestMembers:
             client.send(b"x")
             taker = close.members[0]
             taker.setblocking(True)
-            taker.settimeout(5)
+            taker.settimeout(30)
             if protocol == "tcp":
                 taker, _ = taker.accept()
             assert taker.recv(1) == b"x"

@@ -12,7 +12,7 @@ from expressgateway.config.schema import Config
 from expressgateway.control import traces as module
 from expressgateway.control.traces import MAX_BACKLOG_BYTES, Traces
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 # Exporters: what they do with their input and say of it.
 TAKES = "import sys\nfor line in sys.stdin: print('exported', line.strip(), flush=True)"

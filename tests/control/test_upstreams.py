@@ -109,7 +109,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[World], Coroutin
         async def main() -> None:
             world = World(names)
             try:
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(30):
                     await test(world)
             finally:
                 world.upstreams.close()

@@ -15,7 +15,7 @@ from tests.control.gateway import PATIENCE_S, Client, Gateway
 
 pytestmark = pytest.mark.slow
 
-WATCHING = {"hung_after_s": 1.0, "tick_s": 0.1, "collect_s": 0.1}
+WATCHING = {"hung_after_s": 2.0, "tick_s": 0.1, "collect_s": 0.1, "stacks_s": 3.0}
 HANGS = 'worker_hangs_total{worker="0"}'
 MIB = 1024 * 1024
 LIMIT = f"worker_memory_limit_bytes = {64 * MIB}"
@@ -67,13 +67,13 @@ class TestHanging:
 
     def test_one_that_tells_nothing(self, gateway: Gateway) -> None:
         line = self.hang(gateway, "forget", "hang")
-        assert str(line["message"]).endswith("there is no stack of it: it wrote none within 1 seconds")
+        assert str(line["message"]).endswith("there is no stack of it: it wrote none within 3 seconds")
 
     def test_slow_is_not_hanging(self, tmp_path: Path) -> None:
         """It answers again and again, each time late, for longer in all than a hung worker is given."""
-        with Gateway(tmp_path, timing=WATCHING | {"hung_after_s": 2.0}) as gateway:
+        with Gateway(tmp_path, timing=WATCHING | {"hung_after_s": 3.0}) as gateway:
             with gateway.connect() as client:
-                for _ in range(4):
+                for _ in range(5):
                     assert client.ask("block 0.7") == "late"
                 assert gateway.status()["workers"][0]["pid"] == client.pid
             assert gateway.metric(HANGS) == 0

@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from typing import Self
 
-from tests.e2e.harness import Client
+from tests.e2e.harness import Client, eventually
 
 ONCE = b"GET /load HTTP/1.1\r\nHost: a.example\r\nConnection: close\r\n\r\n"
 REQUEST = b"GET /load HTTP/1.1\r\nHost: a.example\r\n\r\n"
@@ -27,7 +27,8 @@ class Load:
         self.refused = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._work) for _ in range(clients)]
+        self._asked = [0] * clients
+        self._threads = [threading.Thread(target=self._work, args=(each,)) for each in range(clients)]
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -49,7 +50,13 @@ class Load:
     def total(self) -> int:
         return self.answers.total()
 
-    def _work(self) -> None:
+    def wait_everybody(self) -> None:
+        """Until every client has begun a request since now, and has its answer."""
+        begun = list(self._asked)
+        for client, before in enumerate(begun):
+            eventually(lambda: self._asked[client] >= before + 2, "every client goes on")  # noqa: B023 - called within the turn
+
+    def _work(self, number: int) -> None:
         while not self._stop.is_set():
             try:
                 client = Client(self.port)
@@ -60,12 +67,13 @@ class Load:
                 self.broken.append(f"connect: {error!r}")
                 continue
             with client:
-                self._ask(client)
+                self._ask(client, number)
 
-    def _ask(self, client: Client) -> None:
+    def _ask(self, client: Client, number: int) -> None:
         asked = 0
         while not self._stop.is_set():
             asked += 1
+            self._asked[number] += 1
             try:
                 client.send(self._request)
                 status, headers, body = client.response()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from expressgateway.demo.certificate import CertificateFiles
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 ALPN = "passthrough-test"
 
 

@@ -389,7 +389,7 @@ def test_a_backend_that_accepts_and_never_reads(tmp_path: Path) -> None:
     release = threading.Event()
 
     def serve(connection: BackendConnection) -> None:
-        release.wait(10)
+        release.wait(30)
 
     more = "[listeners.http]\nbody_timeout_ms = 500\nmax_request_body_bytes = 0\n"
     with (
@@ -404,7 +404,7 @@ def test_a_backend_that_accepts_and_never_reads(tmp_path: Path) -> None:
             with contextlib.suppress(TimeoutError, ConnectionError):
                 for _ in range(200):
                     client.send(b"x" * 1_000_000)
-            client.sock.settimeout(10)
+            client.sock.settimeout(30)
             assert resident_kib(worker) - before < 8192
             assert client.rest().startswith(b"HTTP/1.1 504 ")
         assert gateway.metric("http_gateway_errors_total", reason="body_timeout") == 1
@@ -498,7 +498,7 @@ def test_bytes_on_an_idle_connection_close_it(house: House) -> None:
         connection.request()
         connection.send(_GOOD)
         if connection.number == 1:
-            poison.wait(10)
+            poison.wait(30)
             connection.send(_EVIL)
         answer_ok(connection)
 
@@ -528,7 +528,7 @@ def test_bytes_that_come_together_with_the_next_request(tmp_path: Path, is_reque
         connection.request()
         connection.send(_GOOD)
         if connection.number == 1:
-            poison.wait(10)
+            poison.wait(30)
             connection.send(_EVIL)
             poisoned.set()
         answer_ok(connection)
@@ -546,7 +546,7 @@ def test_bytes_that_come_together_with_the_next_request(tmp_path: Path, is_reque
             if is_request_first:
                 client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
             poison.set()
-            assert poisoned.wait(5)
+            assert poisoned.wait(30)
             if not is_request_first:
                 client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         finally:

@@ -162,9 +162,9 @@ def test_a_header_that_does_not_come_is_not_waited_for(house: House) -> None:
         for client in clients:
             assert client.is_closed()
             client.sock.close()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 4.5  # five seconds are the default
         assert gateway.metric("accept_reject_total", reason="proxy_header_timeout") == len(parts)
-        assert gateway.metric("connections_inflight", listener="web") == 0
+        eventually(lambda: gateway.metric("connections_inflight", listener="web") == 0, "they are gone")
 
 
 def test_half_a_header_and_fin_is_over_at_once(house: House) -> None:

@@ -32,7 +32,7 @@ _RUNTIME = (
 _DOWNLOAD = 100_000_000
 
 
-def _trickle(client: Client, part: bytes, every_s: float, at_most: int = 200) -> None:
+def _trickle(client: Client, part: bytes, every_s: float, at_most: int = 800) -> None:
     """Send ``part`` again and again until the gateway answers or closes."""
     for _ in range(at_most):
         if select.select([client.sock], [], [], every_s)[0]:
@@ -87,7 +87,7 @@ def test_a_head_that_trickles_is_answered_408(house: House) -> None:
             took_s = time.monotonic() - began
             assert (status, headers["connection"]) == (408, "close")
             assert client.is_closed()
-            assert 0.3 < took_s < 2
+            assert 0.3 < took_s < 4.5  # five seconds are the default
         assert gateway.metric("security_events_total", listener="web", kind="slow_head") == 1
         assert gateway.metric("http_gateway_errors_total", listener="web", reason="slow_head") == 1
         assert all(b"GET /good" in data for data in backend.received)
@@ -121,7 +121,7 @@ def test_many_slow_connections_beside_a_good_client(tmp_path: Path) -> None:
         for client in slow:
             client.send(b"GET / HTTP/1.1\r\nHost: a\r\nX-Slow: ")
         waiting = {client.sock: client for client in slow}
-        ends = time.monotonic() + 10
+        ends = time.monotonic() + 60
         while waiting and time.monotonic() < ends:
             readable, _, _ = select.select(list(waiting), [], [], 0.05)
             for sock in readable:
@@ -160,7 +160,7 @@ def test_a_body_that_trickles_is_answered_408_and_never_completes(house: House) 
                 status, headers, _ = client.response()
                 assert (status, headers["connection"]) == (408, "close")
                 assert client.is_closed()
-            assert uploads.ended.wait(5)
+            assert uploads.ended.wait(30)
             assert gateway.metric("security_events_total", listener="web", kind="slow_body") == 1
         assert uploads.begun == 1
         _, _, body = bytes(uploads.received).partition(b"\r\n\r\n")
@@ -183,7 +183,7 @@ def test_a_body_that_stops_is_answered_408_and_never_completes(house: House) -> 
             status, headers, _ = client.response()
             assert (status, headers["connection"]) == (408, "close")
             assert client.is_closed()
-        assert uploads.ended.wait(5)
+        assert uploads.ended.wait(30)
         assert gateway.metric("security_events_total", listener="web", kind="slow_body") == 1
     assert uploads.received.endswith(b"x" * 999)
     assert uploads.errors == ["ConnectionResetError"], "cut, not ended in order"

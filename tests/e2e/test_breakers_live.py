@@ -14,7 +14,7 @@ from tests.e2e.backend_crowd import Crowd, ask, get, shares
 from tests.e2e.harness import Client, Gateway, eventually
 from tests.ports import free_port
 
-USUAL_S = 4.0
+USUAL_S = 20.0
 """Less than whoever waits is made to wait where nothing is configured."""
 LONG = "pending_timeout_ms = 60000"
 """The usual one may pass while a busy machine reloads."""

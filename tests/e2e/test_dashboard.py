@@ -245,6 +245,6 @@ def test_a_drain_is_shown_and_an_end_is_told(tabs: Tabs, tmp_path: Path) -> None
             assert overflow(page) == 0
             with contextlib.suppress(OSError):
                 held.send(b" a\r\n\r\n")
-            site.gateway.process.wait(20)
+            site.gateway.process.wait(30)
             eventually(lambda: "does not answer" in text(page, "#banner"), "a banner")
             eventually(lambda: "Trying again in" in text(page, "#banner"), "and what is done about it")

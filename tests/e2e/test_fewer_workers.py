@@ -40,7 +40,7 @@ class UdpEcho:
     def __exit__(self, *_: object) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.sendto(b"", self.sock.getsockname())
-        self._thread.join(10)
+        self._thread.join(30)
         self.sock.close()
 
     def _serve(self) -> None:
@@ -65,7 +65,7 @@ def fewer(gateway: Gateway, config: str) -> list[int]:
 def datagrams(port: int) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.connect(("127.0.0.1", port))
-        sock.settimeout(10)
+        sock.settimeout(30)
         yield sock
 
 

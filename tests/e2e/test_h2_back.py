@@ -231,7 +231,7 @@ class TestResets:
             with Client(at.port) as client:
                 client.send(GET)
                 eventually(lambda: at.gateway.metric("backend_inflight") == 1, "it is under way")
-            assert gone.wait(5)
+            assert gone.wait(30)
             assert at.ask()[0] == 200
             assert backend.connections == 1
             at.is_quiet()
@@ -251,7 +251,7 @@ class TestLost:
             streams = there.wait(51)
             there.head(streams[1].stream, 200, ("content-length", "100"))
             there.body(streams[1].stream, b"begun", end=False)
-            assert ready.wait(5)
+            assert ready.wait(30)
 
         with (
             Backend(script) as backend,
@@ -315,7 +315,7 @@ class TestRetries:
                     there.answer(each.stream, b"", 503)
                 there.read()
 
-        more = "retry = { on = ['connect', 503], attempts = 3, per_try_timeout_ms = 200 }"
+        more = "retry = { on = ['connect', 503], attempts = 3, per_try_timeout_ms = 1000 }"
         with Backend(slow) as one, Backend(failing) as two, Backend(answer_h2, "up") as three:
             tables = [backend_table(each.address) for each in (one, two, three)]
             with world(house, *tables, more=more) as at:

@@ -98,7 +98,7 @@ class TestLife:
         def script(connection: BackendConnection) -> None:
             there = H2There(connection)
             first = there.wait(1)[0].stream
-            assert go.wait(10)
+            assert go.wait(30)
             there.answer(first, b"old")
             with contextlib.suppress(EOFError):
                 there.until(lambda: False)
@@ -117,7 +117,7 @@ class TestLife:
             assert at.ask()[::2] == (200, b"new")
             go.set()
             assert client.response(stream).body == b"old"
-            assert ended.wait(5), "closed after its last exchange"
+            assert ended.wait(30), "closed after its last exchange"
             at.is_quiet()
 
     def test_the_drain_waits_for_what_is_under_way(self, house: House) -> None:
@@ -126,7 +126,7 @@ class TestLife:
         def script(connection: BackendConnection) -> None:
             there = H2There(connection)
             first = there.wait(1)[0].stream
-            assert go.wait(10)
+            assert go.wait(30)
             there.answer(first, b"late")
             there.serve(name_of(connection))
 

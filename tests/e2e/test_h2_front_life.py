@@ -129,7 +129,7 @@ class TestIdleness:
             Backend(named) as backend,
             Gateway(
                 tmp_path,
-                config(port, backend.address, tls=lines, more=SWEEP, http="idle_timeout_ms = 400"),
+                config(port, backend.address, tls=lines, more=SWEEP, http="idle_timeout_ms = 1500"),
             ) as gateway,
             RawH2(port, tls=tls) as client,
             RawH2(port, tls=tls) as silent,
@@ -138,7 +138,7 @@ class TestIdleness:
                 assert client.ask(request()).body == b"backend"
             began = time.monotonic()
             ended(client)
-            assert 0.3 < time.monotonic() - began < 4
+            assert 1 < time.monotonic() - began < 20
             ended(silent)
             eventually(lambda: gateway.metric("connections_inflight", listener="web") == 0, "all are closed")
 
@@ -149,13 +149,13 @@ class TestIdleness:
             Backend(held) as backend,
             Gateway(
                 tmp_path,
-                config(port, backend.address, more=SWEEP, http="idle_timeout_ms = 200"),
+                config(port, backend.address, more=SWEEP, http="idle_timeout_ms = 1000"),
             ),
             RawH2(port) as client,
         ):
             stream = client.open(request("/held"))
             client.until(lambda: client.answer(stream).size == 4)
-            client.sock.settimeout(0.8)
+            client.sock.settimeout(1.5)
             with contextlib.suppress(TimeoutError):
                 client.read()
             client.sock.settimeout(20)
@@ -292,7 +292,7 @@ class TestDrain:
             eventually(lambda: load.total > 200, "there is load")
             gateway.process.send_signal(signal.SIGTERM)
             load.join()
-            assert gateway.process.wait(10) == 0
+            assert gateway.process.wait(30) == 0
         assert not load.broken, load.broken[:3]
         assert load.told >= clients
 
@@ -316,7 +316,7 @@ class TestDrain:
             held.go.set()
             assert client.response(slow).body == b"halfhalf"
             ended(client)
-            assert gateway.process.wait(5) == 0
+            assert gateway.process.wait(30) == 0
 
     def test_one_that_does_not_end_is_cut_at_the_budget(self, tmp_path: Path, front: Front) -> None:
         lines, tls = front
@@ -335,5 +335,5 @@ class TestDrain:
             client.rest()
             assert client.goaways
             assert not client.answer(slow).is_complete, "it must not look complete"
-            assert gateway.process.wait(5) == 0
+            assert gateway.process.wait(30) == 0
             held.go.set()

@@ -210,7 +210,7 @@ def test_one_that_loses_its_datagrams_falls_out_by_health(
     port = house.port
     path = 'path = "/x"\n' if kind == "http" else ""
     health = (
-        f'[pools.health]\ntype = "{kind}"\n{path}interval_ms = 200\ntimeout_ms = 200\nfall = 2\nrise = 1\n'
+        f'[pools.health]\ntype = "{kind}"\n{path}interval_ms = 200\ntimeout_ms = 1000\nfall = 2\nrise = 1\n'
     )
     with backends(files, "one", "two") as (one, two):
         text = config(port, files, one.address, two.address, more=health)

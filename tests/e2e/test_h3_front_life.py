@@ -166,7 +166,7 @@ class TestBudget:
         with (
             Backend(named) as backend,
             Gateway(
-                tmp_path, quic_listener(files, port, backend.address, http="idle_timeout_ms = 300") + SWEEP
+                tmp_path, quic_listener(files, port, backend.address, http="idle_timeout_ms = 1500") + SWEEP
             ),
             closing(dial_h3(files, port)) as client,
         ):
@@ -251,7 +251,7 @@ class TestDrain:
             Gateway(
                 tmp_path,
                 quic_listener(files, port, backend.address) + SWEEP,
-                runtime="drain_timeout_ms = 500",
+                runtime="drain_timeout_ms = 1500",
             ) as gateway,
             closing(dial_h3(files, port)) as client,
         ):

@@ -193,7 +193,7 @@ class TestTruncation:
         client.sock.close()
         began = time.monotonic()
         ended.pass_()
-        assert time.monotonic() - began < 1, "the backend learns at once"
+        assert time.monotonic() - began < 20, "the backend learns at once, and not from a timeout"
         assert len(got) < 100
         assert b"0\r\n\r\n" not in got
 
@@ -329,7 +329,7 @@ def test_a_client_that_leaves_is_seen_by_the_backend(
     client.sock.close()
     began = time.monotonic()
     ended.pass_()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("front", ["clear", "tls"])

@@ -184,7 +184,7 @@ class TestRelay:
             client.send(bytes(300_000))
             client.send(bytes(200_000))
             end_sending(client.sock)
-            eventually(lambda: got, "the backend got the end", 5)
+            eventually(lambda: got, "the backend got the end")
         assert got[0][0] == 500_000
 
     @both_but_for_unwrap
@@ -201,7 +201,7 @@ class TestRelay:
             for _ in range(20):
                 client.send(BLOCK)
             end_sending(client.sock)
-            eventually(lambda: got, "the backend got the end", 5)
+            eventually(lambda: got, "the backend got the end")
         assert got[0][0] == 20 * len(BLOCK)
 
     @both
@@ -222,7 +222,7 @@ class TestRelay:
         relay.script = script
         with relay.client(front) as client:
             client.send(bytes(size))
-            assert read.wait(10)
+            assert read.wait(30)
             client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         eventually(lambda: ends, "the backend saw an end")
         assert ends == ["RST"]
@@ -234,7 +234,7 @@ class TestRelay:
 
         def script(connection: BackendConnection) -> None:
             connection.send(bytes(size))
-            go.wait(10)
+            go.wait(30)
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
         relay.script = script
@@ -512,7 +512,7 @@ class UdpEcho:
 @contextlib.contextmanager
 def udp_client(port: int) -> Iterator[Callable[[bytes], bytes]]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(5)
+        sock.settimeout(30)
         sock.connect(("127.0.0.1", port))
 
         def ask(data: bytes) -> bytes:
@@ -573,4 +573,4 @@ class TestUdp:
                     return sock.recv(100) == b"again"
                 return False
 
-            eventually(is_answered, "another backend answers", 5)
+            eventually(is_answered, "another backend answers")

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class TestDrain:
     def test_under_load_no_request_is_lost(self, tmp_path: Path) -> None:
         """Readiness goes first; then every client is told, in an answer, that it is the last."""
         port = free_port()
-        runtime = "readiness_settle_ms = 300\ndrain_timeout_ms = 4000"
+        runtime = "readiness_settle_ms = 2000\ndrain_timeout_ms = 20000"
         with (
             Backend(serve) as backend,
             Gateway(tmp_path, config(port, backend.address), workers=2, runtime=runtime) as gateway,
@@ -104,7 +105,7 @@ class TestDrain:
                     late.send(REQUEST)
                     assert late.response()[0] == 200, "while it settles it still accepts"
                 load.join()
-            assert gateway.process.wait(10) == 0
+            assert gateway.process.wait(30) == 0
             assert not load.broken
             assert set(load.answers) == {200}
             assert load.told >= 8
@@ -115,7 +116,7 @@ class TestDrain:
         port = free_port()
         with (
             Backend(serve) as backend,
-            Gateway(tmp_path, config(port, backend.address), runtime="drain_timeout_ms = 4000") as gateway,
+            Gateway(tmp_path, config(port, backend.address), runtime="drain_timeout_ms = 20000") as gateway,
             Client(port) as lasting,
         ):
             lasting.send(REQUEST[:-2])  # keeps the drain going for a while
@@ -132,23 +133,34 @@ class TestDrain:
     def test_under_wrk_no_request_is_lost(self, tmp_path: Path) -> None:
         """wrk goes on when nobody listens: refused connects are failed writes, lost answers failed reads."""
         port = free_port()
-        runtime = "readiness_settle_ms = 0\ndrain_timeout_ms = 4000"
+        runtime = "readiness_settle_ms = 0\ndrain_timeout_ms = 20000"
         with (
             Backend(serve) as backend,
             Gateway(tmp_path, config(port, backend.address), runtime=runtime) as gateway,
         ):
-            timer = threading.Timer(0.5, gateway.process.send_signal, [signal.SIGTERM])
-            timer.start()
-            shown = run("wrk", "-t1", "-c8", "-d2s", f"http://127.0.0.1:{port}/")
-            timer.join()
-            assert gateway.process.wait(10) == 0
+
+            def stop_under_load() -> None:
+                eventually(
+                    lambda: (
+                        gateway.metric("connections_inflight", listener="web") == 8
+                        and gateway.metric("http_requests_total") > 200
+                    ),
+                    "all are connected, and there is load",
+                )
+                gateway.process.send_signal(signal.SIGTERM)
+
+            with ThreadPoolExecutor() as aside:
+                stopping = aside.submit(stop_under_load)
+                shown = run("wrk", "-t1", "-c8", "-d4s", f"http://127.0.0.1:{port}/")
+                stopping.result()
+            assert gateway.process.wait(30) == 0
             assert "Non-2xx" not in shown, shown
             assert re.search(r"connect 0, read 0, write \d+, timeout 0", shown), shown
 
     def test_an_exchange_under_way_is_finished(self, tmp_path: Path) -> None:
         port = free_port()
         held = Held()
-        runtime = "drain_timeout_ms = 5000"
+        runtime = "drain_timeout_ms = 30000"
         with (
             Backend(held) as backend,
             Gateway(tmp_path, config(port, backend.address), runtime=runtime) as gateway,
@@ -156,7 +168,7 @@ class TestDrain:
             Client(port) as idle,
         ):
             client.send(REQUEST)
-            held.begun.wait(10)
+            assert held.begun.wait(30)
             began = time.monotonic()
             gateway.process.send_signal(signal.SIGTERM)
             assert idle.is_closed(), "an idle connection is closed"
@@ -165,8 +177,8 @@ class TestDrain:
             held.go.set()
             assert client.response()[::2] == (200, b"halfhalf")
             assert client.is_closed()
-            assert gateway.process.wait(10) == 0
-            assert time.monotonic() - began < 4, "it does not wait for the end of the budget"
+            assert gateway.process.wait(30) == 0
+            assert time.monotonic() - began < 15, "it does not wait for the end of the budget"
             assert "0 connections cut off" in gateway.log()
 
     def test_one_that_does_not_end_is_cut_at_the_budget(self, tmp_path: Path) -> None:
@@ -178,12 +190,12 @@ class TestDrain:
             Client(port) as client,
         ):
             client.send(REQUEST)
-            held.begun.wait(10)
+            assert held.begun.wait(30)
             began = time.monotonic()
             gateway.process.send_signal(signal.SIGTERM)
             assert client.rest().endswith(b"half"), "and it does not look complete"
-            assert 0.5 < time.monotonic() - began < 2
-            assert gateway.process.wait(10) == 0
+            assert 0.5 < time.monotonic() - began < 10
+            assert gateway.process.wait(30) == 0
             assert "1 connection cut off" in gateway.log()
             held.go.set()
 
@@ -197,14 +209,14 @@ class TestDrain:
             Client(port) as client,
         ):
             client.send(REQUEST)
-            held.begun.wait(10)
+            assert held.begun.wait(30)
             pids = gateway.worker_pids()
             gateway.process.send_signal(signal.SIGTERM)
             eventually(lambda: status(gateway)["state"] == "draining", "it drains")
             began = time.monotonic()
             gateway.process.send_signal(second)
-            assert gateway.process.wait(10) == 0
-            assert time.monotonic() - began < 2
+            assert gateway.process.wait(30) == 0
+            assert time.monotonic() - began < 10
             assert all(map(is_gone, pids))
             held.go.set()
 
@@ -215,13 +227,13 @@ class TestDrain:
         ) as gateway:
             began = time.monotonic()
             gateway.process.send_signal(signal.SIGINT)
-            assert gateway.process.wait(10) == 0
-            assert time.monotonic() - began < 2
+            assert gateway.process.wait(30) == 0
+            assert time.monotonic() - began < 10
 
 
 def accepts(port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        socket.create_connection(("127.0.0.1", port), timeout=30).close()
     except ConnectionRefusedError:
         return False
     return True
@@ -240,9 +252,8 @@ class TestReload:
 
                 def now(count: int = 60) -> set[bytes]:
                     """Who answers from now on."""
-                    load.bodies.clear()
-                    # What was under way may still come from the old set.
-                    eventually(lambda: load.bodies.total() > 2 * count, "there is load")
+                    # What was under way may still come from the old set: every client's next answer, at most.
+                    load.wait_everybody()
                     load.bodies.clear()
                     eventually(lambda: load.bodies.total() > count, "there is load")
                     return set(load.bodies)
@@ -341,7 +352,7 @@ class TestReload:
 def served_certificate(port: int) -> str:
     import ssl
 
-    return ssl.get_server_certificate(("127.0.0.1", port), timeout=5)
+    return ssl.get_server_certificate(("127.0.0.1", port), timeout=30)
 
 
 class TestDeath:
@@ -370,7 +381,7 @@ class TestDeath:
                     )
                     took_s = time.monotonic() - began
                     counts.append(gateway.metric("http_requests_total"))
-                    assert took_s < 3, "about half a second on an idle machine"
+                    assert took_s < 15, "about half a second on an idle machine"
                     assert survivor in serving(gateway)
                     assert len(load.broken) - broken <= 8
             assert load.refused == 0
@@ -385,19 +396,19 @@ class TestDeath:
         with (
             Backend(held) as backend,
             Gateway(
-                tmp_path, config(port, backend.address), workers=2, runtime="drain_timeout_ms = 5000"
+                tmp_path, config(port, backend.address), workers=2, runtime="drain_timeout_ms = 30000"
             ) as gateway,
             Client(port) as client,
         ):
             client.send(REQUEST)
-            held.begun.wait(10)
+            assert held.begun.wait(30)
             pids = gateway.worker_pids()
             gateway.process.kill()
             gateway.process.wait()
             eventually(lambda: not accepts(port), "nobody accepts")
             held.go.set()
             assert client.response()[::2] == (200, b"halfhalf")
-            eventually(lambda: all(map(is_gone, pids)), "no worker is left", 6)
+            eventually(lambda: all(map(is_gone, pids)), "no worker is left", 15)
 
     def test_of_the_backend_is_not_ours(self, tmp_path: Path) -> None:
         port = free_port()

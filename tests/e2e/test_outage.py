@@ -30,11 +30,11 @@ from tests.e2e.harness import (
 from tests.e2e.load import Load
 from tests.ports import free_port
 
-RETRY = 'retry = { attempts = 3, on = ["connect", "reset", "stale"], per_try_timeout_ms = 200 }'
+RETRY = 'retry = { attempts = 3, on = ["connect", "reset", "stale"], per_try_timeout_ms = 1000 }'
 RETRY_5XX = 'retry = { attempts = 3, on = ["connect", "reset", "stale", "5xx"], budget_percent = 100 }'
 OUTLIER = "outlier = { consecutive_failures = 3, ejection_ms = 30000 }"
 HEALTH = (
-    'health = { type = "http", path = "/health", interval_ms = 100, timeout_ms = 80, rise = 1, fall = 1 }'
+    'health = { type = "http", path = "/health", interval_ms = 100, timeout_ms = 1000, rise = 1, fall = 1 }'
 )
 RUNTIME = "max_keepalive_requests = 0\n[runtime.watchdog]\nsweep_interval_ms = 200"
 REQUEST = b"GET /x HTTP/1.1\r\nHost: a.example\r\n\r\n"
@@ -97,7 +97,7 @@ class TestOneOfThree:
     def test_killed(self, tmp_path: Path, three: list[FaultyBackend]) -> None:
         """No request fails: what was under way there is sent again, what would go there goes elsewhere."""
         port = free_port()
-        text = config(port, named(three), RETRY.replace("200", "5000"), OUTLIER)
+        text = config(port, named(three), RETRY.replace("1000", "5000"), OUTLIER)
         with Gateway(tmp_path, text, runtime=RUNTIME) as gateway:
             with Load(port) as load:
                 wait_more(load, 200)
@@ -133,12 +133,12 @@ class TestOneOfThree:
                 wait_more(load, 200)
             assert set(load.answers) == {200}
             assert load.broken == []
-            assert took_s < 1.5  # 200 ms, and a sweep; the rest is the machine's
+            assert took_s < 10  # the time of an attempt, and a sweep; the rest is the machine's
             assert gateway.metric("backend_retries_total", reason="timeout") > 0
 
     def test_recovers_with_a_growing_share(self, tmp_path: Path, three: list[FaultyBackend]) -> None:
         port = free_port()
-        slow_start_s = 1.5
+        slow_start_s = 3
         balancing = f"load_balancing = {{ slow_start_ms = {slow_start_s * 1000:.0f} }}"
         text = config(port, named(three), RETRY, HEALTH, balancing)
         with Gateway(tmp_path, text, runtime=RUNTIME) as gateway:
@@ -284,8 +284,8 @@ class TestHealthEndpoint:
     @pytest.mark.parametrize(
         ("answer", "cause"),
         [
-            (b"", "timed out after 80 ms"),
-            (b"HTTP/1.1 200 OK\r\n", "timed out after 80 ms"),
+            (b"", "timed out after 1000 ms"),
+            (b"HTTP/1.1 200 OK\r\n", "timed out after 1000 ms"),
             (b"\x00\xff" * 500, ""),
             (b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 50_000, ""),
             (b"HTTP/1.1 999999 \r\n\r\n", ""),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.backend_crowd import Answer, Crowd, ask, get, shares
-from tests.e2e.harness import Client, Gateway, certificate
+from tests.e2e.harness import Client, Gateway, certificate, eventually
 from tests.e2e.http_world import client_context
 from tests.ports import free_port
 
@@ -363,14 +363,16 @@ class TestChanges:
 
     @pytest.mark.parametrize("path", ["/total", "/head"])
     def test_its_own_times(self, world: World, path: str) -> None:
-        world.crowd["b"].delay_s = 1.0
+        world.crowd.hold("b")
         with Client(world.port) as patient:
             patient.send(get("slow.example"))  # the listener's times
+            eventually(lambda: len(world.crowd["b"].held) == 1, "it is asked")
             started = time.monotonic()
             (answer,) = world.ask(get("slow.example", path))
-            assert 0.2 < time.monotonic() - started < 0.95
+            assert 0.2 < time.monotonic() - started < 20
             assert answer.status == 504
             assert "error=http_response_timeout" in answer.header("Proxy-Status")
+            world.crowd.release("b")
             assert patient.response()[2] == b"b"
 
     def test_its_own_time_for_a_body(self, world: World) -> None:
@@ -381,7 +383,7 @@ class TestChanges:
             client.until(b"part")
             started = time.monotonic()
             assert client.rest() == b""
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 20
 
     def test_its_own_retries(self, world: World) -> None:
         world.crowd["c"].says = b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n"

@@ -58,6 +58,8 @@ headers.request.set = { x-set = 'ours' }
 POOLS = {"a": ["a"], "b": ["b"], "c": ["c"], "shadow": ["m"]}
 BODY = bytes(range(256)) * 160
 """40,960 bytes: less than a mirror holds for a backend that is not there yet."""
+AT_ONCE_S = 10.0
+"""Whoever waits for a mirror that does not answer waits for longer than that, however busy the machine is."""
 
 
 class World:
@@ -177,7 +179,7 @@ class TestMirror:
     def test_one_that_hangs(self, world: World) -> None:
         world.crowd.hold("m")
         slowest = self.slowest(world, 300)
-        assert slowest < 0.5
+        assert slowest < AT_ONCE_S
         assert world.gateway.metric("backend_inflight", pool="shadow", backend="m") == 300
         assert len(world.crowd["a"].requests) == 300
         # They are bounded: what comes when there are 1,024 of them is not copied.
@@ -192,13 +194,13 @@ class TestMirror:
     def test_one_that_is_dead(self, world: World) -> None:
         world.crowd.stop("m")
         before = world.mirrored("connect_failed")
-        assert self.slowest(world, 200) < 0.5
+        assert self.slowest(world, 200) < AT_ONCE_S
         eventually(lambda: world.mirrored("connect_failed") - before >= 190, "failures are counted")
 
     def test_one_that_says_500(self, world: World) -> None:
         world.crowd["m"].says = b"HTTP/1.1 500 No\r\nContent-Length: 2\r\n\r\nno"
         errors = world.gateway.metric("http_gateway_errors_total")
-        assert self.slowest(world, 200) < 0.5
+        assert self.slowest(world, 200) < AT_ONCE_S
         eventually(
             lambda: world.gateway.metric("backend_requests_total", pool="shadow", status_class="5xx") == 200,
             "answers are counted",
@@ -208,7 +210,7 @@ class TestMirror:
     def test_one_that_does_not_speak_http(self, world: World) -> None:
         world.crowd["m"].says = b"\x00\x01 nonsense\r\n\r\n"
         before = world.mirrored("failed")
-        assert self.slowest(world, 100) < 0.5
+        assert self.slowest(world, 100) < AT_ONCE_S
         eventually(lambda: world.mirrored("failed") - before == 100, "failures are counted")
 
     def slowest(self, world: World, number: int) -> float:
@@ -232,9 +234,9 @@ class TestMirror:
             for _ in range(20):
                 client.send(piece)
             assert client.response()[2] == b"a"
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < AT_ONCE_S
         assert len(world.crowd["a"].requests[0][1]) == 20_000_000
-        assert world.mirrored("too_slow", "deaf") == 1
+        eventually(lambda: world.mirrored("too_slow", "deaf") == 1, "it is given up")
 
     def test_an_upload_cut_short_is_no_complete_copy(self, world: World) -> None:
         with Client(world.port) as client:

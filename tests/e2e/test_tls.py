@@ -162,7 +162,7 @@ def test_a_handshake_that_stops_is_closed(world: World, part: str) -> None:
         began = time.monotonic()
         client.send(hello[:sent])
         client.rest()
-        assert 0.3 < time.monotonic() - began < 2
+        assert 0.3 < time.monotonic() - began < 4.5  # five seconds are the default
     after = world.gateway.metric("security_events_total", listener="web", kind="slow_handshake")
     assert after == before + 1
 
@@ -178,7 +178,7 @@ def test_a_handshake_that_trickles_is_closed(world: World) -> None:
                     break
                 client.send(bytes((byte,)))
             client.rest()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 0.02 * len(hello)
 
 
 def test_a_flood_of_handshakes_leaves_nothing(world: World) -> None:
@@ -321,7 +321,7 @@ def test_the_name_picks_the_certificate(hosts: Hosts, sni: str, shown: str) -> N
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+    sock = socket.create_connection(("127.0.0.1", port), timeout=30)
     with context.wrap_socket(sock, server_hostname=sni or None) as tls:
         presented = tls.getpeercert(binary_form=True)
     assert presented == ssl.PEM_cert_to_DER_cert(files[shown].certificate.read_text())
@@ -454,7 +454,7 @@ def _resume(
 ) -> tuple[bool, ssl.SSLSession]:
     """One connection with an exchange: whether it resumed, and the ticket it left with."""
     with (
-        socket.create_connection(("127.0.0.1", port), timeout=10) as sock,
+        socket.create_connection(("127.0.0.1", port), timeout=30) as sock,
         context.wrap_socket(sock, server_hostname="localhost", session=session) as tls,
     ):
         tls.sendall(_GET)

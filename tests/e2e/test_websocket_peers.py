@@ -43,7 +43,7 @@ class Site:
             f"{scheme}://localhost:{getattr(self, front)}{path}",
             max_size=None,
             proxy=None,
-            open_timeout=10,
+            open_timeout=30,
             **options,
         )
         return client
@@ -163,7 +163,7 @@ def test_fragments(site: Site, front: str) -> None:
 def test_ping_and_pong(site: Site, front: str) -> None:
     with site.connect(front) as client:
         for payload in ("", "hello", "x" * 125):
-            assert client.ping(payload).wait(5)
+            assert client.ping(payload).wait(30)
 
 
 @both

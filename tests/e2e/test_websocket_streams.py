@@ -81,7 +81,7 @@ def test_the_client_of_websockets_is_content(site: Site, back: str) -> None:
         assert client.subprotocol == "chat.v1"
         assert client.response is not None
         assert client.response.headers["X-Backend"] == back
-        assert client.ping().wait(5)
+        assert client.ping().wait(30)
 
 
 @fronts

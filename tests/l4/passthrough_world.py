@@ -138,7 +138,7 @@ async def connected(one: World, client: Client, server: Server, cid: bytes) -> b
 
 async def until(claim: Callable[[], object]) -> None:
     """Turn the loop until the claim is true."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not claim():  # noqa: ASYNC110 - the claims are about counters, which wake nobody
             await asyncio.sleep(0)
 

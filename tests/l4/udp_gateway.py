@@ -24,7 +24,7 @@ from expressgateway.upstream.pool import Pool, PoolSettings
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 
-PATIENCE_S: Final = 5.0
+PATIENCE_S: Final = 30.0
 V4, V6 = "127.0.0.1", "::1"
 UNTIL_IDLE_S: Final = IDLE_S + 1.0  # a flow's last datagram is remembered to the second
 

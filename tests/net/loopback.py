@@ -24,7 +24,7 @@ from expressgateway.net.stream import Stream
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-PATIENCE_S: Final = 5.0
+PATIENCE_S: Final = 30.0
 RST: Final = struct.pack("ii", 1, 0)
 
 
@@ -65,7 +65,7 @@ class World:
 
 
 def run(
-    test: Callable[[World], Coroutine[Any, Any, None]], *, timeout_s: float = 20.0, faults: int = 0
+    test: Callable[[World], Coroutine[Any, Any, None]], *, timeout_s: float = 60.0, faults: int = 0
 ) -> None:
     """Run it on a loop of its own. No fault of the safety net, no error of the loop, no descriptor left."""
 

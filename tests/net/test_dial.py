@@ -124,7 +124,7 @@ def test_a_certificate_that_is_not_accepted(tls: TlsSettings, fault: Fault | Non
         stream, owner = dial(world, backend(there.address, tls=tls))
         assert isinstance(stream, TlsStream)
         peer = await there.accept()
-        peer.sock.settimeout(5)
+        peer.sock.settimeout(30)
 
         def serve() -> None:
             with contextlib.suppress(OSError):
@@ -181,7 +181,7 @@ def test_sockets_do_not_wait_and_notice_a_dead_peer() -> None:
         assert stream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         stream.close()
         tune(there.sock)
-        with socket.create_connection(there.address, timeout=5):
+        with socket.create_connection(there.address, timeout=30):
             peer = await there.accept()
             assert peer.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60  # inherited
             peer.close()

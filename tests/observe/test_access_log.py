@@ -19,7 +19,7 @@ from expressgateway.observe import access_log
 from expressgateway.observe.access_log import AT_ONCE, ATOMIC_BYTES, BATCH_BYTES, AccessLog, open_log
 from tests.observe.test_access_log_format import entry
 
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 
 
 def eventually(check: Callable[[], object]) -> None:

@@ -121,7 +121,7 @@ def _agreed(key: bytes) -> bytes:
 def _echo() -> Iterator[socket.socket]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
-        sock.settimeout(10)
+        sock.settimeout(30)
         yield sock
 
 
@@ -168,7 +168,7 @@ def _use(ports: dict[str, int], trust: Path, echo: socket.socket) -> None:
         client.send(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
         assert client.response()[0] == 200
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client_udp:
-        client_udp.settimeout(10)
+        client_udp.settimeout(30)
         client_udp.connect(("127.0.0.1", ports["udp"]))
         client_udp.send(b"ping")
         data, address = echo.recvfrom(100)
@@ -176,10 +176,10 @@ def _use(ports: dict[str, int], trust: Path, echo: socket.socket) -> None:
         assert client_udp.recv(100) == b"ping"
     with RawH3(ports["h3"]) as quic:
         assert quic.begun().get()[0][b":status"] == b"200"
-    with connect(f"ws://127.0.0.1:{ports['web']}/ws", proxy=None, open_timeout=10) as socket_:
+    with connect(f"ws://127.0.0.1:{ports['web']}/ws", proxy=None, open_timeout=30) as socket_:
         socket_.socket.sendall(b"\xff\xff\xff\xff")  # no frame: the gateway closes the session
         with contextlib.suppress(ConnectionClosed):
-            socket_.recv(timeout=10)
+            socket_.recv(timeout=30)
 
 
 def _fail(gateway: Gateway, ports: dict[str, int]) -> None:

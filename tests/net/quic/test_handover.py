@@ -141,7 +141,7 @@ class TestMessages:
                     # The owner answers by its own socket, from the address that the client wrote to.
                     _, _, _, address, control, _ = team.sinks[1].handed[0]
                     assert batch.send([b"answer"], address, LocalAddress(member).reply(control)) == 1
-                    client.settimeout(5)
+                    client.settimeout(30)
                     assert client.recvfrom(100)[0] == b"answer"
                 batch.close()
                 team.close()

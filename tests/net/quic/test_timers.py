@@ -174,7 +174,7 @@ def test_the_loop_does_not_call_again_and_again_before_the_moment() -> None:
         for n in range(100):
             fired = asyncio.Event()
             timers.schedule(one.timed("x", fired.set), time.monotonic() + 0.001 + n * 0.000013)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await fired.wait()
         timers.close()
         assert fires < 150
@@ -189,7 +189,7 @@ def test_the_loop_calls() -> None:
         one.timers.schedule(one.timed("late"), now + 3600)
         one.timers.schedule(one.timed("x", fired.set), now + 0.02)
         one.timers.schedule(one.timed("past"), now - 1)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await fired.wait()
         assert one.calls == ["past", "x"]
         assert time.monotonic() >= now + 0.02
