@@ -12,7 +12,7 @@ BENCH := $(VENV)/.bench
 PACKAGES := nginx libnginx-mod-stream haproxy wrk nghttp2-client nghttp2-server curl openssl python3-venv iproute2 chromium-headless-shell systemd prometheus:usr/bin/promtool
 
 # Three processes, a file of tests to each: most tests wait for time to pass, and none shares anything.
-PARALLEL ?= -n 3 --dist loadfile
+PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 # Where properties are tested: `make fuzz` tries each a hundred times as often as the suite does.
 FUZZED := tests/wire tests/config/test_fuzz.py tests/config/test_positions.py tests/demo/test_http.py

@@ -22,8 +22,21 @@ settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
 
+LONG = (
+    "test_cells_load.py",
+    "test_rolling_live.py",
+    "test_cells.py",
+    "test_attacks_quic.py",
+    "test_h3_idle.py",
+    "test_quic_relay.py",
+    "test_certificates.py",
+)
+"""Files that take minutes begin first, so that at the end nobody waits for one of them."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under ``HYPOTHESIS_PROFILE=fuzz`` every property is tried ``LONGER`` times as often as in the suite."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if os.environ.get("HYPOTHESIS_PROFILE") != "fuzz":
         return
     for item in items:

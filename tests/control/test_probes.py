@@ -35,7 +35,7 @@ def wanted(type_: str, **more: Any) -> HealthSettings:
         "expect_status": frozenset({200}),
         "expect_body": None,
         "interval_s": 5,
-        "timeout_s": 2,
+        "timeout_s": 30,
         "rise": 3,
         "fall": 2,
         "jitter": 0.2,
@@ -257,7 +257,7 @@ class TestHttp:
     def test_hanging(self, talk: Talk) -> None:
         began = time.monotonic()
         assert ask(wanted("http", timeout_s=0.1), talk) == Result(False, "timed out after 100 ms")
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20
 
     def test_a_slow_drip_gets_no_more_time(self) -> None:
         async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -272,7 +272,7 @@ class TestHttp:
         with socket.socket() as closed:
             closed.bind(("127.0.0.1", 0))
             probe = probe_for(wanted("http"), backend(), closed.getsockname())
-            assert asyncio.run(run(probe, 2)) == Result(False, "connection refused")
+            assert asyncio.run(run(probe, 30)) == Result(False, "connection refused")
 
 
 def server_context(*names: str, **more: Any) -> ssl.SSLContext:
@@ -310,7 +310,7 @@ class TestTls:
         assert ask(wanted("http"), says(OK), server=context, tls=shown) == Result(True, "status 200")
         with tls_peers.serving(context, reads=True) as (port, _):
             without = probe_for(wanted("http"), backend(tls=tls()), ("127.0.0.1", port))
-            result = asyncio.run(run(without, 2))
+            result = asyncio.run(run(without, 30))
         # In TLS 1.3 the server says so after the handshake, and may then close before it is read.
         assert result is not None
         assert not result.ok
@@ -358,7 +358,7 @@ class TestTls:
 
         async def main() -> None:
             async with serving(talk, server_context("localhost")) as address:
-                await run(probe_for(wanted("tls"), backend(tls=tls()), address), 2)
+                await run(probe_for(wanted("tls"), backend(tls=tls()), address), 30)
                 async with asyncio.timeout(30):
                     while not ends:  # noqa: ASYNC110 - what the server saw has no event of its own
                         await asyncio.sleep(0.005)
@@ -375,7 +375,7 @@ class TestTcp:
         with socket.socket() as closed:
             closed.bind(("127.0.0.1", 0))
             probe = probe_for(wanted("tcp"), backend(), closed.getsockname())
-            assert asyncio.run(run(probe, 2)) == Result(False, "connection refused")
+            assert asyncio.run(run(probe, 30)) == Result(False, "connection refused")
 
     def test_a_full_backlog_hangs(self) -> None:
         with socket.socket() as full:
@@ -395,7 +395,7 @@ class TestTcp:
     def test_ipv6(self) -> None:
         async def main() -> Result | None:
             async with serving(hang, at=("::1", 0)) as address:
-                return await run(probe_for(wanted("tcp"), backend(), address), 2)
+                return await run(probe_for(wanted("tcp"), backend(), address), 30)
 
         try:
             with socket.socket(socket.AF_INET6) as free:
@@ -418,7 +418,7 @@ class TestTcp:
         async def main() -> Result | None:
             with monkeypatch.context() as patched:
                 patched.setattr(socket, "socket", Bound)
-                return await run(probe_for(wanted("tcp"), backend(), address), 2)
+                return await run(probe_for(wanted("tcp"), backend(), address), 30)
 
         assert asyncio.run(main()) == Result(False, "connection refused")
 
@@ -448,7 +448,7 @@ class TestProxyHeader:
                 done.set()
 
             async with serving(talk) as address, asyncio.timeout(30):
-                assert await run(probe_for(wanted("tcp"), backend(send_proxy="v2"), address), 2)
+                assert await run(probe_for(wanted("tcp"), backend(send_proxy="v2"), address), 30)
                 await done.wait()
 
         asyncio.run(main())
@@ -470,7 +470,7 @@ class TestProxyHeader:
         thread = threading.Thread(target=serve)
         thread.start()
         probe = probe_for(wanted("http"), backend(send_proxy="v1", tls=tls()), listener.getsockname())
-        assert asyncio.run(run(probe, 2)) == Result(True, "status 200")
+        assert asyncio.run(run(probe, 30)) == Result(True, "status 200")
         thread.join(30)
         listener.close()
         assert seen == [V1_UNKNOWN]

@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from expressgateway.demo.app import Demo
 from expressgateway.demo.ports import Ports
+from tests.ports import free_port
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,7 +36,7 @@ async def shell(command: str) -> str:
 
 def test_every_printed_command_shows_what_it_promises() -> None:
     async def main() -> None:
-        ports = Ports(0, 0, 0, 0, 0, 0, 0).with_free_ones()[0]
+        ports = Ports(*(free_port() for _ in fields(Ports)))
         async with Demo(ports) as demo:
             for title, command, shows in demo.commands:
                 output = await shell(command)
@@ -47,8 +49,7 @@ def test_every_printed_command_shows_what_it_promises() -> None:
 
 
 def test_it_prints_them_and_ends_cleanly_on_ctrl_c() -> None:
-    ports = Ports(0, 0, 0, 0, 0, 0, 0).with_free_ones()[0]
-    code = f"import sys; from expressgateway.demo.app import run_demo; sys.exit(run_demo({ports.http}))"
+    code = f"import sys; from expressgateway.demo.app import run_demo; sys.exit(run_demo({free_port()}))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         page = ""

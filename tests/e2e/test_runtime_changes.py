@@ -183,6 +183,8 @@ class TestCommands:
             assert api.shown()["extra"]["weight"] == 3
             command("weight", "web", "extra", "5")
             assert api.shown()["extra"]["weight"] == 5
+            listed = json.loads(command("list", "web", "--json"))["backends"]
+            assert {each["id"]: each["weight"] for each in listed} == dict.fromkeys(NAMES, 1) | {"extra": 5}
             for word, state in (("drain", "draining"), ("disable", "disabled")):
                 command(word, "web", "b2")
                 assert api.shown()["b2"]["state"] == state
@@ -190,7 +192,8 @@ class TestCommands:
             assert api.shown()["b2"]["state"] == "unknown"
             command("remove", "web", "extra")
             assert list(api.shown()) == list(NAMES)
-            assert "5" in json.dumps(json.loads(command("list", "web", "--json")))
+            listed = json.loads(command("list", "web", "--json"))["backends"]
+            assert [each["id"] for each in listed] == list(NAMES)
             with pytest.raises(AssertionError, match=r"ended with 1:\n.*no backend .*nobody"):
                 command("remove", "web", "nobody")
             assert ask(port)[0] == 200
