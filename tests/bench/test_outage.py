@@ -34,11 +34,11 @@ from bench.outage_world import (
     world,
 )
 from bench.peers import UnavailableError
-from bench.world import free_ports
 
 from expressgateway.config.load import load
 from expressgateway.upstream.selection import POLICIES
 from tests.e2e.harness import need
+from tests.ports import free_port
 
 ADDRESSES = dict(zip(NAMES, ("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"), strict=True))
 FINE = Load(1000, 2.0, 1000.0, 2000.0, 3000.0, {})
@@ -67,7 +67,7 @@ def outcome(name: str, **given: object) -> Outcome:
 class TestConfiguration:
     @pytest.mark.parametrize("policy", sorted(POLICIES))
     def test_the_gateway_accepts_it(self, tmp_path: Path, policy: str) -> None:
-        ports = dict(zip(POOLS, free_ports(len(POOLS)), strict=True))
+        ports = dict(zip(POOLS, (free_port() for _ in POOLS), strict=True))
         path = tmp_path / "gateway.toml"
         path.write_text(config(Settings(policy=policy), ADDRESSES, ports, 9), "ascii")
         pools = {pool.name: pool for pool in load(path).config.pools}
@@ -205,7 +205,7 @@ class TestDraw:
 
 class TestBackend:
     def test_modes_and_count(self) -> None:
-        backend = FaultyBackend("b1", *free_ports(1))
+        backend = FaultyBackend("b1", free_port())
         try:
             backend.start()
             assert ask(backend.port, "GET", "/work") == (200, "b1")

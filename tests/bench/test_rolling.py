@@ -8,9 +8,10 @@ import pytest
 from bench.rolling import Report, tell
 from bench.rolling_clients import Tally
 from bench.rolling_world import FIXED, Places, State, toml
-from bench.world import free_ports, make_site
+from bench.world import make_site
 
 from expressgateway.config.load import load
+from tests.ports import free_port
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ from expressgateway.config.load import load
 def test_every_state_is_a_configuration(tmp_path: Path, state: State) -> None:
     site = make_site(tmp_path)
     kinds = ("tcp", "udp", "websocket", "grpc", "slow")
-    ports = free_ports(len(FIXED) + 3 + len(kinds))
+    ports = [free_port() for _ in range(len(FIXED) + 3 + len(kinds))]
     listeners = dict(zip((*FIXED, "turning"), ports, strict=False))
     places = Places(listeners, dict(zip(kinds, ports[-len(kinds) :], strict=True)), ports[len(FIXED) + 1])
     state.admin = ports[len(FIXED) + 2]

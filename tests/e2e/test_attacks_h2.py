@@ -104,7 +104,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         with Gateway(directory, config, runtime=runtime) as gateway:
             good = h2.h2_tls(str(files.certificate))
             good.set_alpn_protocols(["http/1.1"])
-            with Steady(ports["usual"], tls=good, slowest_s=3.0):
+            with Steady(ports["usual"], tls=good):
                 yield World(gateway, ports, str(files.certificate))
 
 

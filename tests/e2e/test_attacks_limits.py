@@ -317,7 +317,7 @@ def test_running_out_of_descriptors_pauses_the_listener_and_no_more(tmp_path: Pa
     with (
         Backend() as backend,
         Gateway(tmp_path, listener(port, backend), runtime=_NO_BUDGET) as gateway,
-        Steady(port, slowest_s=3.0),
+        Steady(port),
     ):
         (worker,) = gateway.worker_pids()
         accepted = gateway.metric("connections_total", listener="web")

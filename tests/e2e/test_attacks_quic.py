@@ -16,7 +16,7 @@ from tests.e2e.harness import PATIENCE_S, eventually, resident_kib
 from tests.e2e.quic_site import QuicSite, quic_site
 
 # What a flood leaves is to be gone before the test is over.
-RUNTIME: Final = "handshake_timeout_ms = 1000\nmax_requests_per_h3_connection = 0\n"
+RUNTIME: Final = "handshake_timeout_ms = 3000\nmax_requests_per_h3_connection = 0\n"
 ROOM_KIB: Final = 16_384  # what a worker may grow by: buffers of a burst, and noise
 pytestmark = pytest.mark.slow
 

@@ -26,7 +26,7 @@ from tests.e2e.harness import PATIENCE_S, eventually
 from tests.e2e.talks import CutError
 from tests.net.quic.world import Forger, open_initial
 
-_SHORT: Final = "handshake_timeout_ms = 1000\n[runtime.watchdog]\nsweep_interval_ms = 100\n"
+_SHORT: Final = "handshake_timeout_ms = 3000\n[runtime.watchdog]\nsweep_interval_ms = 100\n"
 _INITIAL_BYTES: Final = 1200
 _WIDTH: Final = 40  # addresses that a flood comes from
 

@@ -193,11 +193,11 @@ def test_an_upload_that_is_fast_enough_is_left_alone(house: House) -> None:
     port = house.port
     with (
         Backend() as backend,
-        house.gateway(listener(port, backend), runtime=_RUNTIME),
+        house.gateway(listener(port, backend), runtime=_RUNTIME.replace("= 100", "= 300")),
         Client(port) as client,
     ):
-        client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2000\r\n\r\n")
-        for _ in range(20):  # for a second, two windows of the rate
+        client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 6400\r\n\r\n")
+        for _ in range(64):  # for three seconds, two windows of the rate
             assert not select.select([client.sock], [], [], 0.05)[0]
             client.send(b"x" * 100)
         assert client.response()[0] == 200
@@ -314,7 +314,7 @@ def test_a_reader_that_is_slow_but_moves_gets_everything(house: House) -> None:
         connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size + b"x" * size)
         answer_ok(connection)
 
-    more = "[listeners.http]\nbody_timeout_ms = 500\n"
+    more = "[listeners.http]\nbody_timeout_ms = 2000\n"
     with Backend(serve) as backend, house.gateway(listener(port, backend, more), runtime=_RUNTIME):
         client = Client(port)
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
@@ -324,6 +324,6 @@ def test_a_reader_that_is_slow_but_moves_gets_everything(house: House) -> None:
             received = len(client.buffer)
             client.buffer = b""
             while received < size:
-                threading.Event().wait(0.02)  # longer in all than the timeout
+                threading.Event().wait(0.04)  # longer in all than the timeout
                 received += len(client.sock.recv(50_000))
             assert received == size

@@ -176,7 +176,7 @@ class TestChanges:
     def test_a_drain_lets_connections_go_on(self, world: World, tmp_path: Path) -> None:
         port = free_port()
         text = passthrough(port, world.server())
-        with harness.Gateway(tmp_path, text, runtime="drain_timeout_ms = 3000") as gateway:
+        with harness.Gateway(tmp_path, text, runtime="drain_timeout_ms = 6000") as gateway:
 
             async def main() -> None:
                 async with client(port, world.configuration()) as one:

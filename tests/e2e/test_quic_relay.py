@@ -272,7 +272,7 @@ def test_a_drain_lets_relays_go_on_and_ends_them_in_time(tmp_path: Path) -> None
     async def main() -> None:
         async with world(tmp_path) as it:
             backend = await it.backend(is_echo=True)
-            gateway = await it.start(backend.port, runtime="drain_timeout_ms = 4000")
+            gateway = await it.start(backend.port, runtime="drain_timeout_ms = 6000")
             client = await it.client()
             client.send(client.open(), b"before")
             await until(lambda: client.data[0] == b"before")
@@ -286,7 +286,7 @@ def test_a_drain_lets_relays_go_on_and_ends_them_in_time(tmp_path: Path) -> None
             await until(lambda: client.closed is not None)
             assert client.closed is not None
             assert client.closed.error_code == QuicErrorCode.NO_ERROR
-            await asyncio.to_thread(gateway.process.wait, 20)
+            await asyncio.to_thread(gateway.process.wait, 60)
 
     run(main)
 

@@ -20,7 +20,6 @@ import pytest
 from bench.rolling import Report, Run, backends
 from bench.rolling_world import FIXED, Places, State
 from bench.rolling_world import Gateway as Rolled
-from bench.world import free_ports
 
 from tests.e2e.h3_raw import GET, RawH3, head
 from tests.e2e.harness import (
@@ -49,7 +48,7 @@ def test_every_class_of_change_under_load(tmp_path: Path) -> None:
     arguments = argparse.Namespace(reloads=14, rotations=2, upgrades=1, pause=0.05, settles=False)
     report = Report()
     with backends(tmp_path) as (site, ports):
-        *listeners, passthrough, admin = free_ports(len(FIXED) + 3)
+        *listeners, passthrough, admin = (free_port() for _ in range(len(FIXED) + 3))
         places = Places(dict(zip((*FIXED, "turning"), listeners, strict=True)), ports, passthrough)
         gateway = Rolled(tmp_path, site, places, State(admin=admin, drain_timeout_ms=60_000))
         try:
