@@ -282,7 +282,7 @@ class TestQueue:
                 f"POST /up HTTP/1.1\r\nHost: order.example\r\nContent-Length: {len(body)}\r\n\r\n".encode()
             )
             world.wait("pool_pending", "order", 1)
-            client.sock.settimeout(20)
+            client.sock.settimeout(60)
             client.send(body)
             world.crowd.release("a")
             assert client.response()[0] == 200

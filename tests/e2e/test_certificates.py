@@ -214,7 +214,7 @@ def test_handshakes_under_way_go_on(world: World) -> None:
         client.send(outgoing.read())
         flight = client.sock.recv(65536)
         udp.connect(("127.0.0.1", world.ports["h3"]))
-        udp.settimeout(20)
+        udp.settimeout(60)
         quic.connect(udp.getpeername(), now=0.0)
         for data, _ in quic.datagrams_to_send(now=0.0):
             udp.send(data)

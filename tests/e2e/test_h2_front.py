@@ -473,7 +473,7 @@ def _let_it_be_read(sock: socket.socket) -> None:
     except TimeoutError:
         pass
     finally:
-        sock.settimeout(20)
+        sock.settimeout(60)
 
 
 class TestVirtualHosts:

@@ -212,7 +212,7 @@ class TestWindows:
             client.sock.settimeout(0.0001)
             with contextlib.suppress(TimeoutError):
                 client.read()
-            client.sock.settimeout(20)
+            client.sock.settimeout(60)
         watched.set()
         assert found.reset == FLOW
         still_serves(world, client)
@@ -229,7 +229,7 @@ class TestBackpressure:
             connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % BIG)
             sent.append(send_until_stuck(connection.sock, BIG))
             gate.set()
-            connection.sock.settimeout(20)
+            connection.sock.settimeout(60)
             connection.sock.recv(1)
 
         before = rss_bytes(worker)
@@ -249,7 +249,7 @@ class TestBackpressure:
             connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % BIG)
             sent.append(send_until_stuck(connection.sock, BIG))
             gate.release()
-            connection.sock.settimeout(20)
+            connection.sock.settimeout(60)
             connection.sock.recv(1)
 
         path = world.on(script)
@@ -280,7 +280,7 @@ class TestBackpressure:
             while sent < BIG:
                 client.send_body(stream, bytes(65_536), end=False)
                 sent += 65_536
-        client.sock.settimeout(20)
+        client.sock.settimeout(60)
         assert 0 < sent < KERNEL_BYTES
         assert rss_bytes(worker) - before < WINDOW_BYTES
         assert client.window > 0, "it is the stream's credit that is withheld, not the connection's"
@@ -295,7 +295,7 @@ class TestBackpressure:
             connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size)
             sent = send_until_stuck(connection.sock, size, 0.2)
             done.set()
-            connection.sock.settimeout(20)
+            connection.sock.settimeout(60)
             connection.send(bytes(size - sent))
 
         with connect(world, front) as client:
@@ -323,7 +323,7 @@ class TestBackpressure:
                     client.send_body(stream, body[at : at + size], end=False)
                     at += size
         assert at < len(body)
-        client.sock.settimeout(20)
+        client.sock.settimeout(60)
         gate.set()
         client.send_body(stream, body[at:])
         assert client.response(stream).body == b"same"

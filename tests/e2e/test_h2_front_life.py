@@ -158,7 +158,7 @@ class TestIdleness:
             client.sock.settimeout(1.5)
             with contextlib.suppress(TimeoutError):
                 client.read()
-            client.sock.settimeout(20)
+            client.sock.settimeout(60)
             assert not client.goaways
             held.go.set()
             assert client.response(stream).body == b"halfhalf"

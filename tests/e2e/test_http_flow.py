@@ -121,7 +121,7 @@ class TestBackpressure:
             connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % BIG)
             sent.append(send_until_stuck(connection.sock, BIG))
             gate.set()
-            connection.sock.settimeout(20)
+            connection.sock.settimeout(60)
             connection.sock.recv(1)
 
         before = rss_bytes(worker)
@@ -151,7 +151,7 @@ class TestBackpressure:
             connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size)
             sent = send_until_stuck(connection.sock, size, 0.2)
             done.set()
-            connection.sock.settimeout(20)
+            connection.sock.settimeout(60)
             connection.send(bytes(size - sent))
 
         client.send(get(world.on(script)))

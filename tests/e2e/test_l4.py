@@ -120,7 +120,7 @@ def end_sending(sock: socket.socket) -> None:
         sock.setblocking(False)
         with contextlib.suppress(ssl.SSLWantReadError):  # it does not wait for the other side's
             sock.unwrap()
-        sock.settimeout(20)
+        sock.settimeout(60)
     else:
         sock.shutdown(socket.SHUT_WR)
 
@@ -290,7 +290,7 @@ def exchange_bulk(sock: socket.socket) -> str:
                     raise AssertionError(f"it ended {to_read} bytes too soon")
                 digest.update(data)
                 to_read -= len(data)
-    sock.settimeout(20)
+    sock.settimeout(60)
     return digest.hexdigest()
 
 

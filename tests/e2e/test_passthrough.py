@@ -124,7 +124,7 @@ class TestOrdinaryBackends:
             run(main)
             # And of a version that nobody knows, in version-independent fields alone.
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-                sock.settimeout(20)
+                sock.settimeout(60)
                 sock.connect(("127.0.0.1", port))
                 head = bytes.fromhex("c0 1a2a3a4a 08 0102030405060708 03 aabbcc")
                 sock.send(head.ljust(1200, b"\0"))
@@ -332,7 +332,7 @@ class TestMintedRetry:
         with Gateway(tmp_path, text), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             secret = tmp_path / "retry.secret"
             assert (secret.stat().st_size, secret.stat().st_mode & 0o777) == (32, 0o600)
-            sock.settimeout(20)
+            sock.settimeout(60)
             sock.bind(("127.0.0.1", 0))
             local = sock.getsockname()
             sock.sendto(initial, ("127.0.0.1", port))
@@ -363,7 +363,7 @@ class TestMintedRetry:
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
         ):
             server.bind(("127.0.0.1", backend))
-            server.settimeout(20)
+            server.settimeout(60)
             for token in (b"x", b"somebody else's", b"EGR1" + bytes(100)):
                 sent = quic_initial(os.urandom(8), token)
                 sock.sendto(sent, ("127.0.0.1", port))

@@ -107,7 +107,7 @@ def closes_when_idle(connection: BackendConnection) -> None:
     """Closed after 50 ms without a request, which is while the gateway reuses it."""
     with contextlib.suppress(TimeoutError):
         while True:
-            connection.sock.settimeout(20)
+            connection.sock.settimeout(60)
             read_body(connection, connection.until(b"\r\n\r\n"))
             answer(connection, b"x")
             connection.sock.settimeout(0.05)
