@@ -159,7 +159,7 @@ class TestStreams:
                 client.send(get("/x"))
                 poller = select.poll()
                 poller.register(client, 0)
-                events = await asyncio.get_running_loop().run_in_executor(None, poller.poll, 10_000)
+                events = await asyncio.get_running_loop().run_in_executor(None, poller.poll, 60_000)
             assert events
             assert events[0][1] & select.POLLERR
             assert rejects == {"timeout": 1}

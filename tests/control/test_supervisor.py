@@ -368,8 +368,8 @@ class TestReload:
 
     def test_signal_during_a_reload_is_not_lost(self, tmp_path: Path) -> None:
         asked = tmp_path / "asked"
-        with Gateway(tmp_path, timing={"apply_s": 0.6}) as gateway:
-            gateway.write(whim=f"mute={asked}")  # no answer: the reload takes its 0.6 seconds
+        with Gateway(tmp_path, timing={"apply_s": 3}) as gateway:
+            gateway.write(whim=f"mute={asked}")  # no answer: the reload takes its 3 seconds
             gateway.signal(signal.SIGHUP)
             while not asked.exists():  # before that the file may still be read
                 pass

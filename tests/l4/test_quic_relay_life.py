@@ -150,7 +150,7 @@ class TestFailover:
 
     def test_another_backend_for_one_that_is_silent(self, tmp_path: Path) -> None:
         async def main() -> None:
-            async with relay_scene(tmp_path, connect_timeout_s=0.3) as one:
+            async with relay_scene(tmp_path, connect_timeout_s=1.5) as one:
                 with datagram_socket("127.0.0.1") as silent:
                     backend = await one.backend(is_echo=True)
                     mute, _ = one.use(silent.getsockname()[1], backend.port)
@@ -343,7 +343,7 @@ class TestClosing:
 
     def test_silence_of_both(self, tmp_path: Path) -> None:
         async def main() -> None:
-            async with relay_scene(tmp_path, idle_timeout_s=0.5) as one:
+            async with relay_scene(tmp_path, idle_timeout_s=1.5) as one:
                 client, server = await one.pair()
                 await until(lambda: client.closed is not None and server.closed is not None)
                 await until(lambda: not one.listener.open)
@@ -373,8 +373,8 @@ class TestClosing:
 
         async def main() -> None:
             async with relay_scene(tmp_path, idle_timeout_s=30) as one:
-                client, server = await one.pair(idle_timeout_s=0.6)
-                ends = one.reactor.now + 1.5
+                client, server = await one.pair(idle_timeout_s=2)
+                ends = one.reactor.now + 4
                 while one.reactor.now < ends:
                     await client.ping()
                     before = one.reactor.now

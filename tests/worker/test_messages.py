@@ -249,9 +249,9 @@ class TestConfigure:
                 assert error is None
                 known = scene.pool.backends
                 assert len(known) == 1000
-                began = time.perf_counter()
+                began = time.process_time()
                 assert await scene.change("p", *many, backend("one-more")) is None
-                took_s = time.perf_counter() - began
+                took_s = time.process_time() - began
                 assert scene.pool.backends[:1000] == known
                 assert all(one is other for one, other in zip(scene.pool.backends, known, strict=False))
                 assert took_s < 1.0
