@@ -65,7 +65,7 @@ class TestGrpc:
         assert request[":authority"] == "localhost:8080"
         assert request["te"] == "trailers"
         assert request["content-type"] == "application/grpc"
-        assert request["grpc-timeout"] == "2000m"
+        assert request["grpc-timeout"] == "30000m"
         assert server.bodies == [bytes(5)]
 
     @pytest.mark.parametrize(
