@@ -23,7 +23,7 @@ def tracked() -> list[Path]:
         [git, "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True,
         check=False,
-        timeout=20,
+        timeout=60,
     )
     if listed and listed.returncode == 0:
         paths = [ROOT / name.decode() for name in listed.stdout.split(b"\0") if name]

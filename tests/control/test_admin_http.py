@@ -442,7 +442,7 @@ class TestBodies:
     def test_client_that_is_sending_too_much_gets_to_read_why(self) -> None:
         def send_all_then_read(port: int) -> bytes:
             size = 10 * MAX_BODY_BYTES
-            with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
                 client.sendall(get("/x", f"Content-Length: {size}", method="POST"))
                 select.select([client], [], [], 10)  # it is refused already
                 poller = select.poll()

@@ -95,7 +95,7 @@ class TestAsOneself:
             "prepare('stdout', Identity())"
         )
         done = subprocess.run(
-            [sys.executable, "-c", check], capture_output=True, text=True, timeout=30, check=False
+            [sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=False
         )
         assert "StartError: observability.access_log.path is stdout, and standard output" in done.stderr
 

@@ -307,7 +307,7 @@ def s_client(port: int, *options: str, stdin: bytes = _GET) -> str:
         [program("openssl"), "s_client", "-connect", f"127.0.0.1:{port}", "-ign_eof", *options],
         input=stdin.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"),
         capture_output=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     return (done.stdout + done.stderr).decode(errors="replace")

@@ -151,7 +151,7 @@ class TestNghttp:
         done = subprocess.run(
             [program("nghttp"), "-w", "10", "-W", "12", "-d", str(tmp_path / "up"), address],
             capture_output=True,
-            timeout=30,
+            timeout=60,
             check=True,
         )
         assert done.stdout == BLOB[:500_000]
@@ -194,7 +194,7 @@ class Hyper:
     """A client on python's ``h2``, which checks what it is sent by itself."""
 
     def __init__(self, port: int, tls: ssl.SSLContext | None) -> None:
-        sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+        sock = socket.create_connection(("127.0.0.1", port), timeout=60)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = tls.wrap_socket(sock, server_hostname="localhost") if tls else sock
         self.connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))

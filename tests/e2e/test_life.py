@@ -239,7 +239,7 @@ class TestDrain:
 
 def accepts(port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=30).close()
+        socket.create_connection(("127.0.0.1", port), timeout=60).close()
     except ConnectionRefusedError:
         return False
     return True
@@ -358,7 +358,7 @@ class TestReload:
 def served_certificate(port: int) -> str:
     import ssl
 
-    return ssl.get_server_certificate(("127.0.0.1", port), timeout=30)
+    return ssl.get_server_certificate(("127.0.0.1", port), timeout=60)
 
 
 class TestDeath:
@@ -435,7 +435,7 @@ class TestStart:
         path.write_text(text)
         done = subprocess.run(
             [sys.executable, "-m", "expressgateway", str(path)],
-            capture_output=True, text=True, timeout=20, check=False,
+            capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         assert "Traceback" not in done.stderr
         return done.returncode, done.stdout + done.stderr
@@ -487,7 +487,7 @@ class TestStart:
     def test_with_no_file(self, tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "expressgateway", str(tmp_path / "none.toml")],
-            capture_output=True, text=True, timeout=20, check=False,
+            capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         assert done.returncode in (2, 78)
         assert "none.toml" in done.stderr

@@ -137,7 +137,7 @@ cid_routing = {{ config_id = 0, server_id_length = 2, key = "{CID_KEY}" }}
 
 
 def _connection(gateway: Gateway) -> http.client.HTTPConnection:
-    return http.client.HTTPConnection("127.0.0.1", gateway.admin, timeout=20)
+    return http.client.HTTPConnection("127.0.0.1", gateway.admin, timeout=60)
 
 
 def _asked(gateway: Gateway, token: str) -> int:

@@ -60,7 +60,7 @@ class World:
 
     def patch(self, pool: str, backend: str, **body: object) -> None:
         """Through the admin API; workers follow a moment later."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.gateway.admin, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.gateway.admin, timeout=60)
         path = f"/api/v1/pools/{pool}/backends/{backend}"
         connection.request("PATCH", path, json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()

@@ -162,6 +162,6 @@ def test_a_gateway_that_stops_is_told(tmp_path: Path) -> None:
             assert shown.process.wait(PATIENCE_S) == 1
             seen = shown.read()
     assert "does not answer any more" in seen.rpartition("\x1b[?1049l")[2]
-    nobody = subprocess.run(site.command("--watch"), capture_output=True, text=True, check=False, timeout=20)
+    nobody = subprocess.run(site.command("--watch"), capture_output=True, text=True, check=False, timeout=60)
     assert nobody.returncode == 1
     assert "does not answer" in nobody.stderr

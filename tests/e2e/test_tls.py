@@ -58,7 +58,7 @@ def _s_client(port: int, *options: str, stdin: bytes = b"") -> str:
         [program("openssl"), "s_client", "-connect", f"127.0.0.1:{port}", *options],
         input=stdin,
         capture_output=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     return (done.stdout + done.stderr).decode(errors="replace")
@@ -321,7 +321,7 @@ def test_the_name_picks_the_certificate(hosts: Hosts, sni: str, shown: str) -> N
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    sock = socket.create_connection(("127.0.0.1", port), timeout=30)
+    sock = socket.create_connection(("127.0.0.1", port), timeout=60)
     with context.wrap_socket(sock, server_hostname=sni or None) as tls:
         presented = tls.getpeercert(binary_form=True)
     assert presented == ssl.PEM_cert_to_DER_cert(files[shown].certificate.read_text())
@@ -454,7 +454,7 @@ def _resume(
 ) -> tuple[bool, ssl.SSLSession]:
     """One connection with an exchange: whether it resumed, and the ticket it left with."""
     with (
-        socket.create_connection(("127.0.0.1", port), timeout=30) as sock,
+        socket.create_connection(("127.0.0.1", port), timeout=60) as sock,
         context.wrap_socket(sock, server_hostname="localhost", session=session) as tls,
     ):
         tls.sendall(_GET)

@@ -43,7 +43,7 @@ class Site:
             f"{scheme}://localhost:{getattr(self, front)}{path}",
             max_size=None,
             proxy=None,
-            open_timeout=30,
+            open_timeout=60,
             **options,
         )
         return client

@@ -181,7 +181,7 @@ def test_sockets_do_not_wait_and_notice_a_dead_peer() -> None:
         assert stream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         stream.close()
         tune(there.sock)
-        with socket.create_connection(there.address, timeout=30):
+        with socket.create_connection(there.address, timeout=60):
             peer = await there.accept()
             assert peer.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60  # inherited
             peer.close()

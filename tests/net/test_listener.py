@@ -88,7 +88,7 @@ class Hall(Listener):
 
     def call(self) -> Peer:
         """A client's connection; in the queue when this returns."""
-        sock = socket.create_connection(self.address, timeout=30)
+        sock = socket.create_connection(self.address, timeout=60)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return Peer(sock)
 

@@ -84,9 +84,9 @@ class TestServerName:
     def test_openssl_is_given_the_certificate_it_names(self) -> None:
         with serving(three_hosts().context) as (port, seen):
             assert "subject=CN = b.test" in s_client(port, "-servername", "Foo.B.test")
-            assert seen.get(timeout=30).sni == "foo.b.test"
+            assert seen.get(timeout=60).sni == "foo.b.test"
             assert "subject=CN = a.test" in s_client(port, "-noservername")
-            assert seen.get(timeout=30).sni is None
+            assert seen.get(timeout=60).sni is None
 
     @needs_curl
     def test_curl_verifies_the_host_it_names(self, tmp_path: Path) -> None:
@@ -101,11 +101,11 @@ class TestServerName:
                 f"::127.0.0.1:{port}",
             ]
             done = subprocess.run(
-                [*curl, "https://deep.b.test/"], capture_output=True, timeout=20, check=False
+                [*curl, "https://deep.b.test/"], capture_output=True, timeout=60, check=False
             )
             assert (done.returncode, done.stdout) == (0, b"yes"), done.stderr
-            assert seen.get(timeout=30).sni == "deep.b.test"
-            done = subprocess.run([*curl, "https://c.test/"], capture_output=True, timeout=20, check=False)
+            assert seen.get(timeout=60).sni == "deep.b.test"
+            done = subprocess.run([*curl, "https://c.test/"], capture_output=True, timeout=60, check=False)
             assert done.returncode == 60, done.stderr  # verification failed: it got the default
 
     def test_common_name_counts_only_without_alternative_names(self) -> None:
@@ -119,7 +119,7 @@ class TestServerName:
             raw = socket.create_connection(("127.0.0.1", port))
             with trusting().wrap_socket(raw, server_hostname="b.test") as connection:
                 assert connection.recv(100)
-            assert seen.get(timeout=30).sni == "b.test"
+            assert seen.get(timeout=60).sni == "b.test"
 
     def test_two_key_types_for_the_same_names_serve_both(self) -> None:
         server = ServerTls([rsa_site("a.test").pair, site("a.test").pair])
@@ -227,7 +227,7 @@ class TestProtocol:
         with serving(server.context) as (port, seen):
             # SECLEVEL 0: or s_client itself would not offer TLS 1.1.
             said = s_client(port, flag, "-cipher", "ALL:@SECLEVEL=0")
-            error = seen.get(timeout=30).error
+            error = seen.get(timeout=60).error
             assert ("\nNew, TLSv1" in said and error is None) is accepted, said
             if not accepted:
                 assert "alert protocol version" in said
@@ -342,7 +342,7 @@ class TestClientCertificates:
         with serving(server.context) as (port, seen):
             for name in ("a.test", "b.test"):  # the switched context asks as well
                 said = s_client(port, version, "-servername", name, *files[shows])
-                connection = seen.get(timeout=30)
+                connection = seen.get(timeout=60)
                 assert ("200 OK" in said) is accepted, said
                 assert (connection.error is None) is accepted
                 known = accepted and shows == "alice" and client_auth != "none"

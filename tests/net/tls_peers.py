@@ -176,7 +176,7 @@ def s_client(port: int, *args: str, stdin: bytes = b"") -> str:
     if not stdin:
         command.append("-ign_eof")
     done = subprocess.run(
-        command, input=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=20, check=False
+        command, input=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, check=False
     )
     return done.stdout.decode(errors="replace")
 

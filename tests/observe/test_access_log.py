@@ -332,7 +332,7 @@ class TestFailures:
             [sys.executable, "-c", _FILLED, str(path)],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=60,
             check=False,
         )
         assert done.stderr == ""

@@ -176,10 +176,10 @@ def _use(ports: dict[str, int], trust: Path, echo: socket.socket) -> None:
         assert client_udp.recv(100) == b"ping"
     with RawH3(ports["h3"]) as quic:
         assert quic.begun().get()[0][b":status"] == b"200"
-    with connect(f"ws://127.0.0.1:{ports['web']}/ws", proxy=None, open_timeout=30) as socket_:
+    with connect(f"ws://127.0.0.1:{ports['web']}/ws", proxy=None, open_timeout=60) as socket_:
         socket_.socket.sendall(b"\xff\xff\xff\xff")  # no frame: the gateway closes the session
         with contextlib.suppress(ConnectionClosed):
-            socket_.recv(timeout=30)
+            socket_.recv(timeout=60)
 
 
 def _fail(gateway: Gateway, ports: dict[str, int]) -> None:

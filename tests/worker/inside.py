@@ -76,7 +76,7 @@ class Inside:
         return self.runtime._pools[name]
 
     def call(self, position: int = 0) -> Peer:
-        sock = socket.create_connection(self.addresses[position], timeout=30)
+        sock = socket.create_connection(self.addresses[position], timeout=60)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return Peer(sock)
 
