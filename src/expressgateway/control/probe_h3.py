@@ -115,7 +115,6 @@ async def _converse(
     from qh3.h3.connection import H3Connection
     from qh3.quic import events
 
-    loop = asyncio.get_running_loop()
     http: H3Connection | None = None
     answer = Answer()
     received = 0
@@ -139,20 +138,37 @@ async def _converse(
                 _take(http, event, answer)
         if answer.is_complete or len(answer.body) > max_bytes:
             return answer
+        # There is an event of it only when nothing of that connection can come any more (RFC 9000 10.2):
+        # three times as long as an answer may take, by what the machine has just been able to do.
+        if (closed := connection._close_event) is not None:  # noqa: SLF001 - nothing public tells
+            raise ProbeError(_ended(closed))
         _flush(sock, connection)
         timer = connection.get_timer()
+        await _readable(sock, None if timer is None else max(0.0, timer - time.monotonic()))
         try:
-            async with asyncio.timeout(None if timer is None else max(0.0, timer - time.monotonic())):
-                data = await loop.sock_recv(sock, _MAX_DATAGRAM_BYTES)
-        except TimeoutError as error:
-            if error.errno:
-                raise
+            data = sock.recv(_MAX_DATAGRAM_BYTES)
+        except BlockingIOError:
             connection.handle_timer(now=time.monotonic())
             continue
         received += len(data)
         if received > max_bytes + _MAX_BESIDE:
             raise ProbeError("garbage instead of an answer: more bytes than any answer has")
         connection.receive_datagram(data, target.address, now=time.monotonic())
+
+
+async def _readable(sock: socket.socket, wait_s: float | None) -> None:
+    """Until there is something to read, or for so long. Nothing is read here: what `sock_recv` has read when
+    its time is over is lost, and the end of a connection is said once."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(sock, readable.set)
+    try:
+        async with asyncio.timeout(wait_s):
+            await readable.wait()
+    except TimeoutError:
+        pass
+    finally:
+        loop.remove_reader(sock)
 
 
 def _take(http: "H3Connection", event: object, answer: Answer) -> None:
