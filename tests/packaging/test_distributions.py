@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from expressgateway.demo.ports import Ports
 from tests.e2e.harness import Backend, Client, Gateway, listener
 from tests.ports import free_port
 from tests.test_repository import ROOT, project, tracked
@@ -113,9 +112,8 @@ def test_the_wheel_runs_in_an_empty_environment(built: Path, tmp_path: Path) -> 
 
 
 def run_the_demo(command: Path) -> None:
-    ports = Ports(0, 0, 0, 0, 0, 0, 0).with_free_ones()[0]
     with subprocess.Popen(
-        [command, "demo", "--port", str(ports.http)], stdout=subprocess.PIPE, text=True, env=CLEAN
+        [command, "demo", "--port", str(free_port())], stdout=subprocess.PIPE, text=True, env=CLEAN
     ) as process:
         assert process.stdout is not None
         page = ""

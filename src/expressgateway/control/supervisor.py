@@ -25,7 +25,7 @@ from typing import Any, Final
 from expressgateway.config.diagnose import ConfigError
 from expressgateway.config.load import Loaded, load
 from expressgateway.config.values import Address
-from expressgateway.control import drain
+from expressgateway.control import drain, signals
 from expressgateway.control.admin.endpoints import Endpoints
 from expressgateway.control.admin.http import AdminServer
 from expressgateway.control.certificates import Certificates
@@ -62,6 +62,7 @@ from expressgateway.observe.counters import Tally
 
 log = logging.getLogger(__name__)
 
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _STATUS_LINE_S: Final = 1.0
 _FILE_PATIENCE_S: Final = 60.0  # for a configuration to be read and checked: policies of others are tried
 MAX_MADE: Final = 10_000
@@ -141,7 +142,7 @@ class Supervisor:
             # Also when something failed: no worker outlives its supervisor unnoticed.
             await self._end_workers()
             await self._close()
-            await self._ignore_signals()
+            await signals.ignore(_SIGNALS)
         return code
 
     async def _live(self, tasks: asyncio.TaskGroup) -> int:
@@ -293,19 +294,6 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self._on_reload)
         loop.add_signal_handler(signal.SIGUSR1, self.certificates.ask)
         loop.add_signal_handler(signal.SIGUSR2, self._on_upgrade)
-
-    @staticmethod
-    async def _ignore_signals() -> None:
-        """Nothing is left to be asked of us. A loop that closes would complain of a signal on its standard
-        error, and one that is closed would let it end the process with another exit code than ours."""
-        loop = asyncio.get_running_loop()
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-        await loop.shutdown_default_executor()  # its threads would take what this one does not
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-        for number in numbers:
-            loop.remove_signal_handler(number)  # which has it end the process, for a moment
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _on_stop(self, name: str) -> None:
         if self._stop.is_set() and not self._is_stop_asked:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Demo", "DemoError", "run_demo"]
 
-READY_TIMEOUT_S: Final = 20.0
+READY_TIMEOUT_S: Final = 60.0
 READY_POLL_S: Final = 0.05
 STOP_TIMEOUT_S: Final = 30.0
 HOST: Final = "127.0.0.1"
