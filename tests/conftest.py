@@ -23,13 +23,16 @@ settings.load_profile("suite")
 
 
 LONG = (
-    "test_cells_load.py",
-    "test_rolling_live.py",
+    "test_selection_conformance.py",
     "test_cells.py",
-    "test_attacks_quic.py",
-    "test_h3_idle.py",
-    "test_quic_relay.py",
-    "test_certificates.py",
+    "test_cells_load.py",
+    "test_distributions.py",
+    "test_rolling_live.py",
+    "test_h1_fuzz.py",
+    "test_selection_keyed.py",
+    "test_websocket_streams_limits.py",
+    "test_supervisor.py",
+    "test_life.py",
 )
 """Files that take minutes begin first, so that at the end nobody waits for one of them."""
 
