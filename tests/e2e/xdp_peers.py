@@ -1,0 +1,421 @@
+"""Who talks through the XDP data plane: backends that say who they are, clients, and a forger of packets.
+
+A backend speaks TCP in lines - ``who``, ``take N``, ``give N``, ``reset``, anything else comes back - and
+answers each datagram with its name, the address it saw, and the datagram.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import random
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Final, Self
+
+from tests.e2e.harness import PATIENCE_S, eventually
+from tests.e2e.xdp_world import Namespace, is_v6
+
+_CHUNK_BYTES: Final = 1 << 16
+_BUFFER_BYTES: Final = 1 << 23
+"""Of sockets that must not lose a datagram while Python is busy elsewhere."""
+
+_SO_RCVBUFFORCE: Final = 33
+_TUNSETIFF: Final = 0x400454CA
+_IFF_TUN: Final = 0x0001
+_IFF_NO_PI: Final = 0x1000
+
+
+def pattern(size: int) -> bytes:
+    """Bytes that repeat nowhere near, the same for both ends."""
+    return random.Random(size).randbytes(size)
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if is_v6(address) else socket.AF_INET
+
+
+class Backend:
+    """TCP and UDP on one port of some of a namespace's addresses."""
+
+    def __init__(self, namespace: Namespace, port: int, *addresses: str) -> None:
+        self.namespace = namespace
+        self.name = namespace.role
+        self.port = port
+        self.addresses = addresses
+        self.connections = 0
+        self.datagrams = 0
+        self.datagram_bytes = 0
+        """Of their contents."""
+        self.peers: Counter[str] = Counter()
+        """Who has sent datagrams: by address, no port."""
+        self._listening: list[socket.socket] = []
+        self._open: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        for address in self.addresses:
+            with self.namespace.entered():
+                tcp = socket.create_server((address, self.port), family=_family(address), backlog=1024)
+                udp = socket.socket(_family(address), socket.SOCK_DGRAM)
+            udp.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
+            udp.bind((address, self.port))
+            self._listening += (tcp, udp)
+            for run, sock in ((self._accept, tcp), (self._answer, udp)):
+                thread = threading.Thread(target=run, args=(sock,), daemon=True)
+                thread.start()
+                self._threads.append(thread)
+
+    def stop(self) -> None:
+        """As a process that is killed: connections are reset, ports closed."""
+        for sock in self._listening:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for sock in list(self._open):
+            _reset(sock)
+        for thread in self._threads:
+            thread.join(PATIENCE_S)
+        for sock in self._listening:
+            sock.close()
+        eventually(lambda: not self._open, "its connections are gone")
+        self._listening.clear()
+        self._threads.clear()
+
+    def _accept(self, listening: socket.socket) -> None:
+        while True:
+            try:
+                sock, peer = listening.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._serve, args=(sock, peer), daemon=True).start()
+
+    def _serve(self, sock: socket.socket, peer: tuple[str, int]) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._open.add(sock)
+        with contextlib.suppress(OSError, ValueError), sock, sock.makefile("rb") as lines:
+            for line in lines:
+                command, *rest = line.split()
+                if command == b"who":
+                    sock.sendall(f"{self.name} {peer[0]} {peer[1]}\n".encode())
+                elif command == b"take":
+                    sock.sendall(digest(lines.read(int(rest[0]))).encode() + b"\n")
+                elif command == b"give":
+                    sock.sendall(pattern(int(rest[0])))
+                elif command == b"reset":
+                    _reset(sock)
+                else:
+                    sock.sendall(line)
+        sock.close()
+        self._open.discard(sock)
+
+    def _answer(self, sock: socket.socket) -> None:
+        while True:
+            try:
+                data, peer = sock.recvfrom(_CHUNK_BYTES)
+                if not data and peer is None:
+                    return
+                self.datagrams += 1
+                self.datagram_bytes += len(data)
+                self.peers[peer[0]] += 1
+                sock.sendto(f"{self.name} {peer[0]} {peer[1]} ".encode() + data, peer)
+            except ConnectionError:
+                continue  # an ICMP error about an answer
+            except OSError:
+                return
+
+
+def _reset(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        # A close alone would wait for the thread that reads.
+        sock.shutdown(socket.SHUT_RD)
+        sock.close()
+
+
+class Flow:
+    """A client's TCP connection."""
+
+    def __init__(
+        self, namespace: Namespace, address: str, port: int, *, source: tuple[str, int] | None = None
+    ) -> None:
+        with namespace.entered():
+            self.sock = socket.create_connection((address, port), PATIENCE_S, source)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._lines = self.sock.makefile("rb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._lines.close()
+        self.sock.close()
+
+    def reset(self) -> None:
+        self._lines.close()
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+    def ask(self, line: str) -> str:
+        self.sock.sendall(line.encode() + b"\n")
+        answer = self._lines.readline()
+        if not answer.endswith(b"\n"):
+            raise ConnectionError(f"the connection ended; got {answer!r}")
+        return answer.decode().removesuffix("\n")
+
+    def who(self) -> str:
+        return self.ask("who").split()[0]
+
+    def seen_as(self) -> str:
+        """The address that the backend sees."""
+        return self.ask("who").split()[1]
+
+    def upload(self, size: int) -> None:
+        """Bytes to the backend, which must be the same there."""
+        data = pattern(size)
+        self.sock.sendall(f"take {size}\n".encode() + data)
+        assert self._lines.readline().decode().strip() == digest(data)
+
+    def download(self, size: int) -> None:
+        self.sock.sendall(f"give {size}\n".encode())
+        assert digest(self._lines.read(size)) == digest(pattern(size))
+
+    def is_reset(self) -> bool:
+        """Nobody knows it any more."""
+        try:
+            self.ask("who")
+        except ConnectionError:
+            return True
+        return False
+
+    def segments(self) -> tuple[int, int]:
+        """TCP segments sent and received so far: tcpi_segs_out, tcpi_segs_in."""
+        info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        return struct.unpack_from("II", info, 136)
+
+
+class Datagrams:
+    """A client's UDP flow."""
+
+    def __init__(self, namespace: Namespace, address: str, port: int, *, source_port: int = 0) -> None:
+        with namespace.entered():
+            self.sock = socket.socket(_family(address), socket.SOCK_DGRAM)
+        self.sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
+        self.sock.bind(("", source_port))
+        self.sock.connect((address, port))
+        self.sock.settimeout(PATIENCE_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    def ask(self, data: bytes = b"who") -> tuple[str, str]:
+        """The backend's name, and the address that it saw. The datagram comes back as it was."""
+        self.sock.send(data)
+        name, address, _, came = self.sock.recv(_CHUNK_BYTES).split(b" ", 3)
+        assert came == data
+        return name.decode(), address.decode()
+
+    def who(self) -> str:
+        return self.ask()[0]
+
+
+class Stream:
+    """A UDP flow that never stops: numbered datagrams, each answered by its backend. For the length of the
+    ``with`` block; then every one must have come back, if it was not said how many may not."""
+
+    def __init__(self, namespace: Namespace, address: str, port: int, *, pause_s: float = 0.0005) -> None:
+        self._flow = Datagrams(namespace, address, port)
+        self._pause_s = pause_s
+        self._stop = threading.Event()
+        self.sent = 0
+        self.came: set[int] = set()
+        self.names: Counter[str] = Counter()
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._send, self._receive)]
+
+    def __enter__(self) -> Self:
+        self._flow.who()
+        for thread in self._threads:
+            thread.start()
+        self.goes_on()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._stop.set()
+        self._threads[0].join(PATIENCE_S)
+        try:
+            if kind is None:
+                eventually(lambda: not self.lost(), "every datagram has come back", 3)
+        except AssertionError:
+            lost = self.lost()
+            raise AssertionError(f"{len(lost)} of {self.sent} datagrams lost: {lost[:20]}") from None
+        finally:
+            self._flow.sock.close()
+            self._threads[1].join(PATIENCE_S)
+
+    def lost(self) -> list[int]:
+        """Those that have not come back so far."""
+        return sorted(set(range(self.sent)) - self.came)
+
+    def goes_on(self, count: int = 20) -> None:
+        """Wait for answers to datagrams that have not been sent yet."""
+        here = self.sent
+        eventually(lambda: sum(number >= here for number in list(self.came)) >= count, "the stream goes on")
+
+    def _send(self) -> None:
+        while not self._stop.wait(self._pause_s):
+            with contextlib.suppress(ConnectionError):  # an ICMP error: lost, and counted so
+                self._flow.sock.send(b"%d" % self.sent)
+            self.sent += 1
+
+    def _receive(self) -> None:
+        self._flow.sock.settimeout(0.2)
+        while not self._stop.is_set() or self.lost():
+            try:
+                name, _, _, number = self._flow.sock.recv(_CHUNK_BYTES).split(b" ", 3)
+            except (TimeoutError, ConnectionError):
+                continue
+            except OSError:
+                return
+            self.came.add(int(number))
+            self.names[name.decode()] += 1
+
+
+class Conversation:
+    """A TCP connection with a question and its answer all the time, for the length of the ``with`` block."""
+
+    def __init__(self, namespace: Namespace, address: str, port: int, *, slowest_s: float = 2.0) -> None:
+        self.flow = Flow(namespace, address, port)
+        self.name = self.flow.who()
+        self.answers = 0
+        self.slowest_s = 0.0
+        self._limit_s = slowest_s
+        self._failure = ""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(PATIENCE_S)
+        self.flow.close()
+        if kind is None:
+            assert not self._failure, self._failure
+            assert self.slowest_s < self._limit_s, f"an answer took {self.slowest_s} s"
+
+    def goes_on(self, count: int = 20) -> None:
+        wanted = self.answers + count
+        eventually(lambda: self.answers >= wanted or self._failure, "the conversation goes on")
+        assert not self._failure, self._failure
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.wait(0.002):
+                asked = time.monotonic()
+                assert self.flow.ask(f"number {self.answers}") == f"number {self.answers}"
+                self.answers += 1
+                self.slowest_s = max(self.slowest_s, time.monotonic() - asked)
+        except (OSError, AssertionError) as error:
+            self._failure = f"after {self.answers} answers: {error!r}"
+
+
+@contextlib.contextmanager
+def decapsulating(namespace: Namespace) -> Iterator[None]:
+    """IP in IP, both versions, taken out of its outer header and given to the namespace's own stack: what a
+    device of kind ipip or ip6tnl does where the kernel has those."""
+    with namespace.entered():
+        tun = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+        fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH22x", b"decap", _IFF_TUN | _IFF_NO_PI))
+        outer4 = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_IPIP)
+        outer6 = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_IPV6)
+    namespace.sysctl(ipv4__conf__decap__rp_filter=0)
+    namespace.ip("link set decap up mtu 1500")
+    stop = threading.Event()
+
+    def run(sock: socket.socket, outer_bytes: int) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
+        sock.settimeout(0.1)
+        while not stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                os.write(tun, sock.recv(_CHUNK_BYTES)[outer_bytes:])
+
+    threads = [threading.Thread(target=run, args=each, daemon=True) for each in ((outer4, 20), (outer6, 0))]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        for sock in (outer4, outer6):
+            sock.close()
+        os.close(tun)
+
+
+def checksum(data: bytes) -> int:
+    """RFC 1071."""
+    if len(data) % 2:
+        data += b"\0"
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def forged_syn(source: str, source_port: int, destination: str, port: int) -> bytes:
+    """An IPv4 packet."""
+    addresses = socket.inet_aton(source) + socket.inet_aton(destination)
+    tcp = struct.pack("!HHIIBBHHH", source_port, port, 1, 0, 5 << 4, 2, 65535, 0, 0)
+    tcp = tcp[:16] + struct.pack("!H", checksum(addresses + struct.pack("!HH", 6, 20) + tcp)) + tcp[18:]
+    ip = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0, 64, 6, 0) + addresses
+    return ip[:10] + struct.pack("!H", checksum(ip)) + ip[12:] + tcp
+
+
+class Forger:
+    """Sends frames of any kind from ``namespace``'s device ``lan``."""
+
+    def __init__(self, namespace: Namespace, to_mac: bytes) -> None:
+        with namespace.entered():
+            self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+            self._sock.bind(("lan", 0))
+        self._head = to_mac + namespace.mac("lan")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+
+    def send(self, packet: bytes, *, ethertype: int = 0x0800, vlan: int | None = None) -> None:
+        tag = b"" if vlan is None else struct.pack("!HH", 0x8100, vlan)
+        self._sock.send(self._head + tag + struct.pack("!H", ethertype) + packet)
+
+    def flood(self, destination: str, port: int, count: int) -> None:
+        """SYNs from as many senders, none of whom is there."""
+        for number in range(count):
+            source = f"198.{18 + (number >> 16 & 1)}.{number >> 8 & 255}.{number & 255}"
+            self.send(forged_syn(source, 1024 + number % 60000, destination, port))

@@ -1,0 +1,366 @@
+"""A small internet of network namespaces for the XDP data plane: nothing outside of it is touched.
+
+    far ----- front [gateway] lan ----- switch ----- near, a, b
+
+``near`` is a client on the backends' link, ``far`` one on a link of its own: for it the gateway has two arms.
+``a`` and ``b`` are backends. ``switch`` is a bridge. The names carry a random suffix, and go with the world.
+
+A namespace is entered by a thread (setns(2)): sockets and processes that are made inside stay there, and the
+file systems are everybody's, /sys/fs/bpf among them.
+
+veth is a wire that trusts its ends: packets carry no checksum and may be 64 KiB long until they leave the
+machine. A program that looks at them needs them as they would be on a wire: so every end computes its
+checksums and cuts its segments. And what a program sends back is taken only by a peer that has NAPI: one
+with GRO.
+"""
+
+import array
+import contextlib
+import ctypes
+import fcntl
+import ipaddress
+import os
+import secrets
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Self
+
+import pytest
+
+from tests.e2e.harness import Gateway, program
+
+BPF_FS: Final = Path("/sys/fs/bpf")
+CLIENT_ROUTE: Final = "198.18.0.0/15"
+"""Where forged senders are: at ``near``, which throws away what comes for them."""
+
+_CLONE_NEWNET: Final = 0x40000000
+_CAP_NET_ADMIN: Final = 12
+_CAP_SYS_ADMIN: Final = 21
+_BPF_FS_MAGIC: Final = 0xCAFE4A11
+
+# From linux/ethtool.h: switches of a device, by SIOCETHTOOL.
+_SIOCETHTOOL: Final = 0x8946
+_TX_CHECKSUMS: Final = 0x17
+_TSO: Final = 0x1F
+_GSO: Final = 0x24
+_GRO: Final = 0x2C
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def why_not() -> str:
+    """Why no such world can be made here; empty where it can."""
+    if shutil.which("ip", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None:
+        return "needs ip (iproute2)"
+    status = Path("/proc/self/status").read_text()
+    effective = int(status.partition("CapEff:")[2].split()[0], 16)
+    if not effective >> _CAP_NET_ADMIN & effective >> _CAP_SYS_ADMIN & 1:
+        return "needs CAP_NET_ADMIN and CAP_SYS_ADMIN: network namespaces and BPF are root's"
+    if not _has_bpf_fs():
+        return "needs a BPF file system at /sys/fs/bpf"
+    try:
+        with Namespace("probe") as namespace:
+            namespace.ip("link add x0 type veth peer name x1")
+    except subprocess.CalledProcessError as error:
+        return f"this kernel makes no network namespaces or veth pairs: {error.stderr.strip()}"
+    return ""
+
+
+def _has_bpf_fs() -> bool:
+    """Mounted, or mounted now."""
+
+    def is_mounted() -> bool:
+        return any(line.split()[1:3] == [str(BPF_FS), "bpf"] for line in Path("/proc/mounts").open())
+
+    if not is_mounted() and BPF_FS.is_dir():
+        subprocess.run(["mount", "-t", "bpf", "bpf", str(BPF_FS)], capture_output=True, check=False)
+    return is_mounted()
+
+
+class Namespace:
+    """A network namespace, from ``with`` to its end."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.name = f"eg-{role}-{secrets.token_hex(3)}"
+        self.path = Path("/run/netns") / self.name
+
+    def __enter__(self) -> Self:
+        _ip("netns", "add", self.name)
+        self.ip("link set lo up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _ip("netns", "del", self.name)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """This thread is inside; what it makes there stays there."""
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            there = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                _setns(there)
+            finally:
+                os.close(there)
+            try:
+                yield
+            finally:
+                _setns(home)
+        finally:
+            os.close(home)
+
+    def ip(self, *commands: str) -> None:
+        """Commands of ip(8), in one process."""
+        _ip("-n", self.name, "-batch", "-", stdin="\n".join(commands))
+
+    def show(self, command: str) -> str:
+        """What a command of ip(8) prints."""
+        return _ip("-n", self.name, *command.split())
+
+    def sysctl(self, **values: int | str) -> None:
+        """Settings below /proc/sys/net; ``__`` stands for a slash."""
+        with self.entered():
+            for name, value in values.items():
+                Path("/proc/sys/net", name.replace("__", "/")).write_text(f"{value}\n")
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """A program inside, to its end; gives what it printed on both outputs."""
+        with self.entered():
+            done = subprocess.run(
+                [program(command[0]), *command[1:]], capture_output=True, timeout=60, check=False
+            )
+        output = (done.stdout + done.stderr).decode(errors="replace")
+        assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{output}"
+        return output
+
+    def mac(self, device: str) -> bytes:
+        fields = self.show(f"-o link show {device}").split()
+        return bytes.fromhex(fields[fields.index("link/ether") + 1].replace(":", ""))
+
+    def ifindex(self, device: str) -> int:
+        with self.entered():
+            return socket.if_nametoindex(device)
+
+    def wire_like(self, device: str, *, gro: bool) -> None:
+        """Packets leave as they would on a wire. ``gro``: programs at the other end may send to it."""
+        with self.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            for switch, on in ((_TSO, False), (_GSO, False), (_TX_CHECKSUMS, False), (_GRO, gro)):
+                value = array.array("I", (switch, on))
+                request = struct.pack("16sP", device.encode(), value.buffer_info()[0])
+                fcntl.ioctl(sock, _SIOCETHTOOL, request.ljust(40, b"\0"))
+
+
+def _ip(*arguments: str, stdin: str = "") -> str:
+    done = subprocess.run(
+        [program("ip"), *arguments], input=stdin, capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout
+
+
+def _setns(descriptor: int) -> None:
+    if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+NUMBERS: Final = {"gateway": 1, "near": 10, "a": 21, "b": 22}
+"""The last part of the address of everybody on the LAN."""
+
+NAT_VIP: Final = 100
+DSR_VIP: Final = 101
+ENCAPSULATED_VIP: Final = 102
+"""Last parts of VIPs. The backends have the latter two on their loopback devices, and tell nobody."""
+
+
+def lan(who: str | int, version: int = 4) -> str:
+    """Somebody's address on the LAN."""
+    number = who if isinstance(who, int) else NUMBERS[who]
+    return f"10.77.0.{number}" if version == 4 else f"fd77::{number}"
+
+
+def front(who: str | int, version: int = 4) -> str:
+    """An address on the link between the gateway and ``far``."""
+    number = {"gateway": 1, "far": 10}[who] if isinstance(who, str) else who
+    return f"10.78.0.{number}" if version == 4 else f"fd78::{number}"
+
+
+def authority(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+class World:
+    """The namespaces and what connects them."""
+
+    def __init__(self) -> None:
+        self.gateway = Namespace("gateway")
+        self.switch = Namespace("switch")
+        self.near = Namespace("near")
+        self.far = Namespace("far")
+        self.a = Namespace("a")
+        self.b = Namespace("b")
+        self._stack = contextlib.ExitStack()
+
+    def __getitem__(self, role: str) -> Namespace:
+        """A backend, by its name."""
+        return {"a": self.a, "b": self.b}[role]
+
+    def __enter__(self) -> Self:
+        with self._stack as stack:
+            for namespace in (self.gateway, self.switch, self.near, self.far, self.a, self.b):
+                stack.enter_context(namespace)
+                namespace.sysctl(ipv6__conf__all__accept_dad=0, ipv6__conf__default__accept_dad=0)
+                namespace.sysctl(ipv4__conf__all__rp_filter=0, ipv4__conf__default__rp_filter=0)
+            self._lay_wires()
+            self._give_addresses()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _lay_wires(self) -> None:
+        self.switch.ip(
+            "link add bridge type bridge mcast_snooping 0 forward_delay 0",
+            "link set bridge up",
+            *(
+                f"link add to-{end.role} type veth peer name lan netns {end.name}"
+                for end in (self.gateway, self.near, self.a, self.b)
+            ),
+            *(f"link set to-{role} master bridge up" for role in NUMBERS),
+        )
+        self.gateway.ip(f"link add front type veth peer name front netns {self.far.name}")
+        for namespace in (self.gateway, self.near, self.a, self.b):
+            namespace.ip("link set lan up")
+            namespace.wire_like("lan", gro=False)
+            self.switch.wire_like(f"to-{namespace.role}", gro=namespace is self.gateway)
+        for namespace in (self.gateway, self.far):
+            namespace.ip("link set front up")
+            namespace.wire_like("front", gro=namespace is self.far)
+
+    def _give_addresses(self) -> None:
+        for namespace in (self.gateway, self.near, self.a, self.b):
+            namespace.ip(
+                f"addr add {lan(namespace.role)}/24 dev lan",
+                f"addr add {lan(namespace.role, 6)}/64 dev lan nodad",
+            )
+        for namespace in (self.gateway, self.far):
+            namespace.ip(
+                f"addr add {front(namespace.role)}/24 dev front",
+                f"addr add {front(namespace.role, 6)}/64 dev front nodad",
+            )
+        self.gateway.ip(
+            *(f"addr add {lan(vip)}/32 dev lan" for vip in (NAT_VIP, DSR_VIP, ENCAPSULATED_VIP)),
+            f"addr add {front(NAT_VIP)}/32 dev front",
+            # Not to be the source of what it sends by itself: the backends have these addresses as well.
+            *(
+                f"addr add {address}/128 dev {device} nodad preferred_lft 0"
+                for device, address in (
+                    *(("lan", lan(vip, 6)) for vip in (NAT_VIP, DSR_VIP, ENCAPSULATED_VIP)),
+                    ("front", front(NAT_VIP, 6)),
+                )
+            ),
+            f"route add {CLIENT_ROUTE} via {lan('near')}",
+        )
+        self.forwarding(True)
+        for backend in (self.a, self.b):
+            # They hold the VIPs, and do not answer who asks the link for them.
+            backend.sysctl(ipv4__conf__all__arp_ignore=1, ipv4__conf__all__arp_announce=2)
+            backend.ip(
+                *(f"addr add {lan(vip)}/32 dev lo" for vip in (DSR_VIP, ENCAPSULATED_VIP)),
+                *(
+                    f"addr add {lan(vip, 6)}/128 dev lo nodad preferred_lft 0"
+                    for vip in (DSR_VIP, ENCAPSULATED_VIP)
+                ),
+                f"route add {CLIENT_ROUTE} via {lan('gateway')}",
+            )
+
+    def forwarding(self, on: bool) -> None:
+        """Of the gateway; without it the kernel tells a program of no next hop."""
+        self.gateway.sysctl(ipv4__conf__all__forwarding=int(on), ipv6__conf__all__forwarding=int(on))
+
+
+class XdpGateway(Gateway):
+    """A gateway in the world's namespace, with a place of its own below /sys/fs/bpf."""
+
+    def __init__(
+        self,
+        world: World,
+        directory: Path,
+        config: str,
+        *,
+        interfaces: tuple[str, ...] = ("lan", "front"),
+        mode: str = "native",
+        workers: int = 1,
+        runtime: str = "",
+    ) -> None:
+        self.world = world
+        self.pins = BPF_FS / f"eg-{secrets.token_hex(4)}"
+        xdp = f"xdp_enabled = true\nxdp_pin_path = '{self.pins}'\n"
+        if interfaces:
+            xdp += f"xdp_interface = [{', '.join(map(repr, interfaces))}]\nxdp_mode = '{mode}'\n"
+        super().__init__(directory, config, workers=workers, runtime=xdp + runtime)
+
+    def __enter__(self) -> Self:
+        with self.world.gateway.entered():
+            return super().__enter__()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            super().__exit__(kind)
+        finally:
+            unpin(self.pins)
+
+    def ask(self, path: str) -> tuple[int, str]:
+        with self.world.gateway.entered():
+            return super().ask(path)
+
+    def command(self, *arguments: str, check: bool = True) -> str:
+        """``expressgateway ARGUMENTS`` beside it; gives what it prints."""
+        with self.world.gateway.entered():
+            done = subprocess.run(
+                [self.interpreter, "-m", "expressgateway", *arguments],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        output = done.stdout + done.stderr
+        assert not check or done.returncode == 0, f"{arguments} ended with {done.returncode}:\n{output}"
+        return output
+
+    def kill(self) -> None:
+        """The supervisor is gone at once, and says nothing to anybody."""
+        workers = self.worker_pids()
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def is_attached(self, device: str) -> bool:
+        return "xdp" in self.world.gateway.show(f"link show {device}")
+
+
+def unpin(path: Path) -> None:
+    """Nothing of it stays: programs leave their devices with the last reference to their links."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+_refusal: list[str] = []
+
+
+def need_xdp() -> pytest.MarkDecorator:
+    """Skip, and say why, where the kernel or the privileges do not allow any of this."""
+    if not _refusal:
+        _refusal.append(why_not())
+    return pytest.mark.skipif(bool(_refusal[0]), reason=_refusal[0] or "can be made")
+
+
+def is_v6(address: str) -> bool:
+    return ipaddress.ip_address(address).version == 6
