@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from typing import Final, Self
 
 from tests.e2e.harness import PATIENCE_S, eventually
-from tests.e2e.xdp_world import Namespace, is_v6
+from tests.e2e.xdp_world import is_v6
+from tests.namespaces import Namespace
 
 _CHUNK_BYTES: Final = 1 << 16
 _BUFFER_BYTES: Final = 1 << 23

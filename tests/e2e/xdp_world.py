@@ -5,57 +5,38 @@
 ``near`` is a client on the backends' link, ``far`` one on a link of its own: for it the gateway has two arms.
 ``a`` and ``b`` are backends. ``switch`` is a bridge. The names carry a random suffix, and go with the world.
 
-A namespace is entered by a thread (setns(2)): sockets and processes that are made inside stay there, and the
-file systems are everybody's, /sys/fs/bpf among them.
-
 veth is a wire that trusts its ends: packets carry no checksum and may be 64 KiB long until they leave the
 machine. A program that looks at them needs them as they would be on a wire: so every end computes its
 checksums and cuts its segments. And what a program sends back is taken only by a peer that has NAPI: one
 with GRO.
 """
 
-import array
 import contextlib
-import ctypes
-import fcntl
 import ipaddress
 import os
 import secrets
 import shutil
 import signal
-import socket
-import struct
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Self
 
 import pytest
 
-from tests.e2e.harness import Gateway, program
+from tests.e2e.harness import Gateway
+from tests.namespaces import PATH, Namespace
 
 BPF_FS: Final = Path("/sys/fs/bpf")
 CLIENT_ROUTE: Final = "198.18.0.0/15"
 """Where forged senders are: at ``near``, which throws away what comes for them."""
 
-_CLONE_NEWNET: Final = 0x40000000
 _CAP_NET_ADMIN: Final = 12
 _CAP_SYS_ADMIN: Final = 21
-_BPF_FS_MAGIC: Final = 0xCAFE4A11
-
-# From linux/ethtool.h: switches of a device, by SIOCETHTOOL.
-_SIOCETHTOOL: Final = 0x8946
-_TX_CHECKSUMS: Final = 0x17
-_TSO: Final = 0x1F
-_GSO: Final = 0x24
-_GRO: Final = 0x2C
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def why_not() -> str:
     """Why no such world can be made here; empty where it can."""
-    if shutil.which("ip", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None:
+    if shutil.which("ip", path=PATH) is None:
         return "needs ip (iproute2)"
     status = Path("/proc/self/status").read_text()
     effective = int(status.partition("CapEff:")[2].split()[0], 16)
@@ -80,93 +61,6 @@ def _has_bpf_fs() -> bool:
     if not is_mounted() and BPF_FS.is_dir():
         subprocess.run(["mount", "-t", "bpf", "bpf", str(BPF_FS)], capture_output=True, check=False)
     return is_mounted()
-
-
-class Namespace:
-    """A network namespace, from ``with`` to its end."""
-
-    def __init__(self, role: str) -> None:
-        self.role = role
-        self.name = f"eg-{role}-{secrets.token_hex(3)}"
-        self.path = Path("/run/netns") / self.name
-
-    def __enter__(self) -> Self:
-        _ip("netns", "add", self.name)
-        self.ip("link set lo up")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _ip("netns", "del", self.name)
-
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """This thread is inside; what it makes there stays there."""
-        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            there = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                _setns(there)
-            finally:
-                os.close(there)
-            try:
-                yield
-            finally:
-                _setns(home)
-        finally:
-            os.close(home)
-
-    def ip(self, *commands: str) -> None:
-        """Commands of ip(8), in one process."""
-        _ip("-n", self.name, "-batch", "-", stdin="\n".join(commands))
-
-    def show(self, command: str) -> str:
-        """What a command of ip(8) prints."""
-        return _ip("-n", self.name, *command.split())
-
-    def sysctl(self, **values: int | str) -> None:
-        """Settings below /proc/sys/net; ``__`` stands for a slash."""
-        with self.entered():
-            for name, value in values.items():
-                Path("/proc/sys/net", name.replace("__", "/")).write_text(f"{value}\n")
-
-    def run(self, *command: str, check: bool = True) -> str:
-        """A program inside, to its end; gives what it printed on both outputs."""
-        with self.entered():
-            done = subprocess.run(
-                [program(command[0]), *command[1:]], capture_output=True, timeout=60, check=False
-            )
-        output = (done.stdout + done.stderr).decode(errors="replace")
-        assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{output}"
-        return output
-
-    def mac(self, device: str) -> bytes:
-        fields = self.show(f"-o link show {device}").split()
-        return bytes.fromhex(fields[fields.index("link/ether") + 1].replace(":", ""))
-
-    def ifindex(self, device: str) -> int:
-        with self.entered():
-            return socket.if_nametoindex(device)
-
-    def wire_like(self, device: str, *, gro: bool) -> None:
-        """Packets leave as they would on a wire. ``gro``: programs at the other end may send to it."""
-        with self.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            for switch, on in ((_TSO, False), (_GSO, False), (_TX_CHECKSUMS, False), (_GRO, gro)):
-                value = array.array("I", (switch, on))
-                request = struct.pack("16sP", device.encode(), value.buffer_info()[0])
-                fcntl.ioctl(sock, _SIOCETHTOOL, request.ljust(40, b"\0"))
-
-
-def _ip(*arguments: str, stdin: str = "") -> str:
-    done = subprocess.run(
-        [program("ip"), *arguments], input=stdin, capture_output=True, text=True, timeout=60, check=True
-    )
-    return done.stdout
-
-
-def _setns(descriptor: int) -> None:
-    if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
 
 
 NUMBERS: Final = {"gateway": 1, "near": 10, "a": 21, "b": 22}
