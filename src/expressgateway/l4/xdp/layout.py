@@ -242,6 +242,7 @@ class Reason(IntEnum):
     DROP_NOT_ADJACENT = 13
     DROP_TOO_BIG = 14
     DROP_NO_SPACE = 15
+    DROP_RACE = 16
 
     @property
     def action(self) -> Action:
@@ -281,11 +282,25 @@ class Rate(ctypes.Structure):
 
 
 @_struct
+class Numbers(ctypes.Structure):
+    """For `check` alone, as it is there."""
+
+    forwarding: U32
+    vip_flag: U32
+    backend_flag: U32
+    direction: U32
+    flow_flag: U32
+    action: U32
+    reason: U32
+
+
+@_struct
 class Sweep(ctypes.Structure):
     flows4: U64
     flows6: U64
     entries: U64
     removed: U64
+    numbers: Annotated[ctypes.Array[Numbers], Numbers * 0]
 
 
 def check(thing: Object) -> None:

@@ -224,12 +224,24 @@ struct rate {
 	__u64 flows;
 };
 
+/* The enums that members of one byte are of: an object tells only of types that something has. */
+struct numbers {
+	enum forwarding forwarding;
+	enum vip_flag vip_flag;
+	enum backend_flag backend_flag;
+	enum direction direction;
+	enum flow_flag flow_flag;
+	enum action action;
+	enum reason reason;
+};
+
 /* -- The context of the program `sweep`, which removes flows that have ended and counts the others. */
 struct sweep {
 	__u64 flows4;	/* entries to backends that are left */
 	__u64 flows6;
 	__u64 entries;	/* both directions */
 	__u64 removed;	/* flows, by this sweep */
+	struct numbers numbers[0];
 };
 
 #endif
