@@ -7,22 +7,26 @@
 
 veth is a wire that trusts its ends: packets carry no checksum and may be 64 KiB long until they leave the
 machine. A program that looks at them needs them as they would be on a wire: so every end computes its
-checksums and cuts its segments. And what a program sends back is taken only by a peer that has NAPI: one
-with GRO.
+checksums and cuts its segments. And what a program sends back by XDP_TX is taken only by a peer that has a
+program as well; one that passes everything will do.
 """
 
 import contextlib
+import ctypes
 import ipaddress
 import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Self
 
 import pytest
 
+from expressgateway.l4.xdp.libbpf import DRIVER_MODE, Link, Program
 from tests.e2e.harness import Gateway
 from tests.namespaces import PATH, Namespace
 
@@ -88,6 +92,27 @@ def authority(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
+@contextlib.contextmanager
+def passing(namespace: Namespace, device: str) -> Iterator[None]:
+    """A program on a device that passes every frame."""
+    xdp, length = 6, 2
+    instructions = bytes.fromhex("b700000002000000 9500000000000000")  # r0 = XDP_PASS; exit
+    library = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    library.bpf_prog_load.argtypes = [
+        ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p
+    ]  # fmt: skip
+    fd = library.bpf_prog_load(xdp, b"passing", b"GPL", instructions, length, None)
+    assert fd >= 0, os.strerror(-fd)
+    loaded = Program(fd)
+    with namespace.entered():
+        link = Link.create(loaded, socket.if_nametoindex(device), DRIVER_MODE)
+    loaded.close()
+    try:
+        yield
+    finally:
+        link.close()
+
+
 class World:
     """The namespaces and what connects them."""
 
@@ -110,7 +135,7 @@ class World:
                 stack.enter_context(namespace)
                 namespace.sysctl(ipv6__conf__all__accept_dad=0, ipv6__conf__default__accept_dad=0)
                 namespace.sysctl(ipv4__conf__all__rp_filter=0, ipv4__conf__default__rp_filter=0)
-            self._lay_wires()
+            self._lay_wires(stack)
             self._give_addresses()
             self._stack = stack.pop_all()
         return self
@@ -118,7 +143,7 @@ class World:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _lay_wires(self) -> None:
+    def _lay_wires(self, stack: contextlib.ExitStack) -> None:
         self.switch.ip(
             "link add bridge type bridge mcast_snooping 0 forward_delay 0",
             "link set bridge up",
@@ -132,10 +157,12 @@ class World:
         for namespace in (self.gateway, self.near, self.a, self.b):
             namespace.ip("link set lan up")
             namespace.wire_like("lan", gro=False)
-            self.switch.wire_like(f"to-{namespace.role}", gro=namespace is self.gateway)
+            self.switch.wire_like(f"to-{namespace.role}", gro=False)
         for namespace in (self.gateway, self.far):
             namespace.ip("link set front up")
-            namespace.wire_like("front", gro=namespace is self.far)
+            namespace.wire_like("front", gro=False)
+        for namespace, device in ((self.switch, "to-gateway"), (self.far, "front")):
+            stack.enter_context(passing(namespace, device))
 
     def _give_addresses(self) -> None:
         for namespace in (self.gateway, self.near, self.a, self.b):
