@@ -32,6 +32,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "net.quic.spares",
         "net.quic.steering",
         "net.quic.verify",
+        "l4.xdp",
     ),
     "worker": (
         "wire",

@@ -1,5 +1,6 @@
 """What the admin listener is told of a supervisor, and has it do: `admin.endpoints.Gateway`."""
 
+import asyncio
 import platform
 import time
 from collections.abc import Iterator
@@ -117,9 +118,13 @@ class Front:
         if self._scrapes is None:
             if self._of.deployment is None:
                 return expose({}, accept)
-            fleet = self._of.deployment.fleet
-            self._scrapes = Scrapes(fleet.ledger, fleet.collect, self._samples)
+            self._scrapes = Scrapes(self._of.deployment.fleet.ledger, self._collect, self._samples)
         return await self._scrapes.answer(accept)
+
+    async def _collect(self) -> None:
+        deployment = self._of.deployment
+        if deployment is not None:
+            await asyncio.gather(deployment.fleet.collect(), deployment.xdp.refresh())
 
     def _samples(self) -> Iterator[Sample]:
         """Read piece by piece: whatever is walked over is a copy."""

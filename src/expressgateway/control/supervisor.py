@@ -157,6 +157,7 @@ class Supervisor:
             tasks.create_task(deployment.rotate_keys(), name="ticket keys"),
             tasks.create_task(self._notifier.watch(), name="signs of life"),
             tasks.create_task(self.certificates.watch(), name="certificates"),
+            tasks.create_task(deployment.xdp.run(), name="xdp"),
         ]
         try:
             if self._before is not None:
@@ -166,6 +167,8 @@ class Supervisor:
             if not self._now.is_set():
                 last = self._drain(deployment) if successor is None else self._leave(deployment, successor)
                 await _unless(self._now, last)
+            if successor is None or successor.xdp_pins != deployment.xdp.pin_path:
+                await deployment.xdp.end()
         finally:
             for task in background:
                 task.cancel()
@@ -436,6 +439,7 @@ class Supervisor:
         log.info("upgrade: another process is started")
         successor = None
         deployment.fleet.hold()
+        await deployment.xdp.hold()
         try:
             successor = await Successor.start(self._options.upgrade_command or command())
             await successor.give(deployment, self._admin_socket, self._made, self._notifier.kept)
@@ -445,6 +449,7 @@ class Supervisor:
             if successor is not None:
                 await successor.end()
             await deployment.fleet.part()
+            await deployment.xdp.resume()
             self.upgrades.fail(asked, str(error))
             log.error("upgrade failed, this process goes on: %s", error)
         except asyncio.CancelledError:
@@ -530,7 +535,7 @@ class Supervisor:
             await asyncio.sleep(_STATUS_LINE_S)
 
     def _open(self) -> dict[str, int]:
-        return self.deployment.fleet.open() if self.deployment is not None else {}
+        return self.deployment.open() if self.deployment is not None else {}
 
     @property
     def running(self) -> Loaded:

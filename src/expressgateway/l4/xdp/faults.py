@@ -1,0 +1,98 @@
+"""What stands in the way of the data plane, as sentences that say what to do about it."""
+
+import errno
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from expressgateway.l4.xdp.libbpf import BpfError, attached, program_info
+
+_CAPABILITIES: Final = {"CAP_BPF": 39, "CAP_NET_ADMIN": 12}
+"""Of capabilities(7), those that loading and attaching take."""
+_SYS_ADMIN: Final = 21  # stands for CAP_BPF as well
+
+
+class XdpError(Exception):
+    """Packets cannot be forwarded in the kernel. `str()` is a sentence for the operator."""
+
+
+def missing_capabilities() -> list[str]:
+    """Those that this process lacks."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return []
+    line = next((line for line in status.splitlines() if line.startswith("CapEff:")), "CapEff: 0")
+    held = int(line.split()[1], 16)
+    missing = [name for name, bit in _CAPABILITIES.items() if not held >> bit & 1]
+    if held >> _SYS_ADMIN & 1 and "CAP_BPF" in missing:
+        missing.remove("CAP_BPF")
+    return missing
+
+
+def refused(error: BpfError) -> XdpError:
+    """What the kernel said to something other than attaching."""
+    if error.errno in (errno.EPERM, errno.EACCES) and (missing := missing_capabilities()):
+        names = " and ".join(missing)
+        return XdpError(
+            f"the kernel allows no XDP program here: the gateway lacks {names}; with systemd add "
+            "AmbientCapabilities=CAP_BPF CAP_NET_ADMIN (see docs/xdp.md), or turn runtime.xdp_enabled off"
+        )
+    if error.errno == errno.EPERM:
+        return XdpError(
+            f"{error}; it is forbidden in spite of the gateway's capabilities: by the kernel (lockdown, "
+            "sysctl kernel.unprivileged_bpf_disabled does not matter) or by what the gateway runs in (a "
+            "container, a seccomp filter)"
+        )
+    if error.errno == errno.ENOSYS:
+        return XdpError("this kernel has no BPF (CONFIG_BPF_SYSCALL): turn runtime.xdp_enabled off")
+    return XdpError(str(error))
+
+
+def not_attached(error: BpfError, interface: str, ifindex: int, mode: str) -> XdpError:
+    """What the kernel said to attaching in `mode`."""
+    if error.errno in (errno.EBUSY, errno.EEXIST) and (others := _others(ifindex)):
+        return XdpError(
+            f"the interface {interface} has another XDP program already: {others}; if it is not needed "
+            f"detach it (`ip link set dev {interface} xdp off`; `bpftool link show` lists one that is held by "
+            "a link, `expressgateway xdp detach` removes another gateway's), or name another interface"
+        )
+    if error.errno in (errno.EOPNOTSUPP, errno.EINVAL) and mode in ("native", "hw"):
+        why = f": {error.said[-1]}" if error.said else ""
+        return XdpError(
+            f'the interface {interface} does not support xdp_mode = {mode!r}{why}; use "auto" or "skb", '
+            "or have the driver ready for it (its MTU, its number of queues, LRO off)"
+        )
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return refused(error)
+    return XdpError(f"the program cannot be attached to the interface {interface}: {error}")
+
+
+def _others(ifindex: int) -> str:
+    try:
+        found = attached(ifindex)
+    except BpfError:
+        return ""
+    return ", ".join(f"{_named(number)} ({mode} mode)" for mode, number in found.items())
+
+
+def _named(number: int) -> str:
+    try:
+        return f"program {number} {program_info(number).name!r}"
+    except BpfError:  # to look at others' programs takes CAP_SYS_ADMIN
+        return f"program {number}"
+
+
+def no_interface(interface: str) -> XdpError:
+    return XdpError(
+        f"there is no network interface {interface}: runtime.xdp_interface names those that exist when the "
+        "gateway starts (`ip link` lists them)"
+    )
+
+
+def no_forwarding(keys: Iterable[str]) -> XdpError:
+    settings = " ".join(f"{key}=1" for key in keys)
+    return XdpError(
+        "the kernel tells no next hop where forwarding is off, so nothing could be forwarded: turn it on with "
+        f"`sysctl -w {settings}`, and in /etc/sysctl.d/ for the next boot"
+    )
