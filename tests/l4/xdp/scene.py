@@ -1,6 +1,7 @@
 """One client, one VIP and its backends: the packets between them, and what they have to become."""
 
 import dataclasses
+from typing import Any
 
 from expressgateway.l4.xdp.layout import Forwarding
 from tests.l4.xdp.packets import ACK, DF, SYN, TCP, Extension, Ip, Layer, Packet, Tcp, Udp, Vlan
@@ -42,9 +43,9 @@ def udp(family: Family, data: bytes = b"question", *, port: int = CLIENT_PORT, c
     return link(client or family.client, family.vip).udp(port, VIP_PORT).raw(data)
 
 
-def link(source: str, destination: str) -> Packet:
+def link(source: str, destination: str, **ip: Any) -> Packet:
     """What comes in by `front`."""
-    return Packet().ether(GATEWAY, CLIENT).ip(source, destination)
+    return Packet().ether(GATEWAY, CLIENT).ip(source, destination, **ip)
 
 
 def tcp_answer(family: Family, flags: int = SYN | ACK, *, number: int = 1, data: bytes = b"") -> Packet:

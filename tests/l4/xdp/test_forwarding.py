@@ -1,4 +1,4 @@
-"""What becomes of packets that are sent on: every way of forwarding, both families and directions, every shape.
+"""What becomes of packets that are sent on: every way of forwarding, both directions, every shape of them.
 
 Expected frames are built anew, with lengths and checksums computed in full; so equality says that what the
 program changed in them piecemeal is right.

@@ -4,9 +4,9 @@
                                   back.7: backends with a VLAN tag
 
 The devices are only asked for their routes, neighbours and MACs: frames go into the program and come out of
-it by `BPF_PROG_TEST_RUN`. So `back.7` need not be a VLAN device, which not every kernel can make: that it stands
-for `back` and a tag is for the map of ports to say. A thread is in the namespace as long as `Namespace` is
-entered; nobody else ever is.
+it by `BPF_PROG_TEST_RUN`. So `back.7` need not be a VLAN device, which not every kernel can make: that it is
+`back` and a tag is for the map of ports to say. A thread is in the namespace as long as `Namespace` is
+entered, and nobody else ever is.
 """
 
 from __future__ import annotations

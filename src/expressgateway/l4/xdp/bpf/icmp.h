@@ -51,7 +51,12 @@ static __always_inline bool read_quote(void *data, void *end, const struct packe
 	}
 	if (quote->tuple->protocol != IPPROTO_TCP && quote->tuple->protocol != IPPROTO_UDP)
 		return false;
-	/* Eight bytes of it are always quoted: the ports, and UDP's checksum. */
+	/* Where nothing is masked away: behind extension headers it may be too far. */
+	if (quote->transport > MAX_OFFSET)
+		return false;
+	/* Eight bytes of it are always quoted: the ports, and UDP's checksum. What pads the frame is no quote. */
+	if (quote->transport + sizeof(*transport) > packet->network + packet->length)
+		return false;
 	transport = data + (quote->transport & MAX_OFFSET);
 	if ((void *)(transport + 1) > end)
 		return false;
