@@ -1,7 +1,7 @@
 """Who talks through the XDP data plane: backends that say who they are, clients, and a forger of packets.
 
-A backend speaks TCP in lines - ``who``, ``take N``, ``give N``, ``reset``, anything else comes back - and
-answers each datagram with its name, the address it saw, and the datagram.
+A backend speaks TCP in lines - ``who``, ``take N``, ``give N``, ``reset``, a request of HTTP, anything else
+comes back - and answers each datagram with its name, the address it saw, and the datagram.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, Self
 
 from tests.e2e.harness import PATIENCE_S, eventually
@@ -58,9 +58,8 @@ class Backend:
         """Of their contents."""
         self.peers: Counter[str] = Counter()
         """Who has sent datagrams: by address, no port."""
-        self._listening: list[socket.socket] = []
+        self._listening: dict[socket.socket, threading.Thread] = {}
         self._open: set[socket.socket] = set()
-        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
         self.start()
@@ -73,29 +72,41 @@ class Backend:
         for address in self.addresses:
             with self.namespace.entered():
                 tcp = socket.create_server((address, self.port), family=_family(address), backlog=1024)
+            self._listen(tcp, self._accept)
+        self.open_udp()
+
+    def open_udp(self) -> None:
+        for address in self.addresses:
+            with self.namespace.entered():
                 udp = socket.socket(_family(address), socket.SOCK_DGRAM)
             udp.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
             udp.bind((address, self.port))
-            self._listening += (tcp, udp)
-            for run, sock in ((self._accept, tcp), (self._answer, udp)):
-                thread = threading.Thread(target=run, args=(sock,), daemon=True)
-                thread.start()
-                self._threads.append(thread)
+            self._listen(udp, self._answer)
+
+    def _listen(self, sock: socket.socket, run: Callable[[socket.socket], None]) -> None:
+        thread = threading.Thread(target=run, args=(sock,), daemon=True)
+        thread.start()
+        self._listening[sock] = thread
+
+    def close_udp(self) -> None:
+        """Nobody listens there: who sends a datagram is told so by ICMP."""
+        self._close(socket.SOCK_DGRAM)
 
     def stop(self) -> None:
         """As a process that is killed: connections are reset, ports closed."""
-        for sock in self._listening:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        self._close(socket.SOCK_STREAM, socket.SOCK_DGRAM)
         for sock in list(self._open):
             _reset(sock)
-        for thread in self._threads:
-            thread.join(PATIENCE_S)
-        for sock in self._listening:
-            sock.close()
         eventually(lambda: not self._open, "its connections are gone")
-        self._listening.clear()
-        self._threads.clear()
+
+    def _close(self, *kinds: int) -> None:
+        for sock, thread in list(self._listening.items()):
+            if sock.type in kinds:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+                thread.join(PATIENCE_S)
+                sock.close()
+                del self._listening[sock]
 
     def _accept(self, listening: socket.socket) -> None:
         while True:
@@ -112,7 +123,11 @@ class Backend:
         with contextlib.suppress(OSError, ValueError), sock, sock.makefile("rb") as lines:
             for line in lines:
                 command, *rest = line.split()
-                if command == b"who":
+                if command == b"GET":
+                    while lines.readline().strip():
+                        pass
+                    sock.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\n" + self.name.encode())
+                elif command == b"who":
                     sock.sendall(f"{self.name} {peer[0]} {peer[1]}\n".encode())
                 elif command == b"take":
                     sock.sendall(digest(lines.read(int(rest[0]))).encode() + b"\n")
@@ -149,14 +164,20 @@ def _reset(sock: socket.socket) -> None:
         sock.close()
 
 
+def connected(
+    namespace: Namespace, address: str, port: int, source: tuple[str, int] | None = None
+) -> socket.socket:
+    with namespace.entered():
+        return socket.create_connection((address, port), PATIENCE_S, source)
+
+
 class Flow:
     """A client's TCP connection."""
 
     def __init__(
         self, namespace: Namespace, address: str, port: int, *, source: tuple[str, int] | None = None
     ) -> None:
-        with namespace.entered():
-            self.sock = socket.create_connection((address, port), PATIENCE_S, source)
+        self.sock = connected(namespace, address, port, source)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._lines = self.sock.makefile("rb")
 
@@ -387,23 +408,34 @@ def checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
+def _ipv4(source: str, destination: str, protocol: int, carried: bytes) -> bytes:
+    addresses = socket.inet_aton(source) + socket.inet_aton(destination)
+    head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(carried), 0, 0, 64, protocol, 0) + addresses
+    return head[:10] + struct.pack("!H", checksum(head)) + head[12:] + carried
+
+
 def forged_syn(source: str, source_port: int, destination: str, port: int) -> bytes:
     """An IPv4 packet."""
     addresses = socket.inet_aton(source) + socket.inet_aton(destination)
     tcp = struct.pack("!HHIIBBHHH", source_port, port, 1, 0, 5 << 4, 2, 65535, 0, 0)
-    tcp = tcp[:16] + struct.pack("!H", checksum(addresses + struct.pack("!HH", 6, 20) + tcp)) + tcp[18:]
-    ip = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0, 64, 6, 0) + addresses
-    return ip[:10] + struct.pack("!H", checksum(ip)) + ip[12:] + tcp
+    sum_ = checksum(addresses + struct.pack("!HH", socket.IPPROTO_TCP, len(tcp)) + tcp)
+    return _ipv4(source, destination, socket.IPPROTO_TCP, tcp[:16] + struct.pack("!H", sum_) + tcp[18:])
+
+
+def forged_datagram(source: str, source_port: int, destination: str, port: int, data: bytes) -> bytes:
+    """An IPv4 packet; without a checksum of UDP's."""
+    udp = struct.pack("!HHHH", source_port, port, 8 + len(data), 0) + data
+    return _ipv4(source, destination, socket.IPPROTO_UDP, udp)
 
 
 class Forger:
-    """Sends frames of any kind from ``namespace``'s device ``lan``."""
+    """Sends frames of any kind from a device of ``namespace``."""
 
-    def __init__(self, namespace: Namespace, to_mac: bytes) -> None:
+    def __init__(self, namespace: Namespace, to_mac: bytes, *, device: str = "lan") -> None:
         with namespace.entered():
             self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
-            self._sock.bind(("lan", 0))
-        self._head = to_mac + namespace.mac("lan")
+            self._sock.bind((device, 0))
+        self._head = to_mac + namespace.mac(device)
 
     def __enter__(self) -> Self:
         return self

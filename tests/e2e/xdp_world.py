@@ -60,7 +60,10 @@ def _has_bpf_fs() -> bool:
     """Mounted, or mounted now."""
 
     def is_mounted() -> bool:
-        return any(line.split()[1:3] == [str(BPF_FS), "bpf"] for line in Path("/proc/mounts").open())
+        return any(
+            line.split()[1:3] == [str(BPF_FS), "bpf"]
+            for line in Path("/proc/mounts").read_text().splitlines()
+        )
 
     if not is_mounted() and BPF_FS.is_dir():
         subprocess.run(["mount", "-t", "bpf", "bpf", str(BPF_FS)], capture_output=True, check=False)
