@@ -100,7 +100,7 @@ COUNTED: dict[str, tuple[Reason, Make]] = {
         NOT_UNDERSTOOD,
         lambda f: link(f.client, f.vip, protocol=ICMP if f.version == 6 else ICMPV6).raw(bytes(20)),
     ),
-    "a ping": (NOT_UNDERSTOOD, lambda f: link(f.client, f.vip).icmp(8 if f.version == 4 else 128, 0, 0x10001)),
+    "a ping": (NOT_UNDERSTOOD, lambda f: link(f.client, f.vip).icmp(8 if f.version == 4 else 128, 0, 7)),
 }  # fmt: skip
 COUNTED_V4: dict[str, tuple[Reason, Make]] = {
     "a header of four words": (MALFORMED, lambda f: tcp(f).but(ip={"header_words": 4})),

@@ -328,7 +328,7 @@ class World:
         for key in list(flows.keys()):
             value = flows.get(key)
             if value is not None:
-                found.append((layout.Tuple.from_buffer_copy(key), layout.Flow.from_buffer_copy(value)))
+                found.append((layout.tuple_of(key), layout.Flow.from_buffer_copy(value)))
         return sorted(found, key=lambda entry: entry[1].direction)
 
     def flags(self, version: int = 4) -> list[int]:
@@ -339,9 +339,11 @@ class World:
         """Let every flow have been seen that much longer ago."""
         for name in ("flows4", "flows6"):
             for key in list(self.maps[name].keys()):
-                flow = layout.Flow.from_buffer_copy(self.maps[name].get(key) or b"")
-                flow.seen_ns -= int(seconds * 1e9)
-                self.maps[name].set(key, bytes(flow))
+                value = self.maps[name].get(key)
+                if value is not None:  # a full map makes room for what is set
+                    flow = layout.Flow.from_buffer_copy(value)
+                    flow.seen_ns -= int(seconds * 1e9)
+                    self.maps[name].set(key, bytes(flow))
 
     def sweep(self) -> layout.Sweep:
         result, context = self.programs["sweep"].run(bytes(layout.Sweep()))
