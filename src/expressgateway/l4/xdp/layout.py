@@ -107,6 +107,51 @@ class Tuple(ctypes.Structure):
 
 
 @_struct
+class Tuple4(ctypes.Structure):
+    """The same of IPv4 alone, as `flows4` has it."""
+
+    source: Annotated[Octets, c_uint8 * 4]
+    destination: Annotated[Octets, c_uint8 * 4]
+    source_port: Be16
+    destination_port: Be16
+    protocol: U8
+    zero: U8
+    backend: U16
+
+
+def tuple_of(key: bytes) -> Tuple:
+    """A flow's key, of either table."""
+    if len(key) == ctypes.sizeof(Tuple):
+        return Tuple.from_buffer_copy(key)
+    short = Tuple4.from_buffer_copy(key)
+    return Tuple(
+        source=address_of(IPv4Address(bytes(short.source))),
+        destination=address_of(IPv4Address(bytes(short.destination))),
+        source_port=short.source_port,
+        destination_port=short.destination_port,
+        protocol=short.protocol,
+        backend=short.backend,
+    )
+
+
+def key_of(one: Tuple) -> bytes:
+    """The other way: as the table of its family has it."""
+    source, destination = bytes(one.source), bytes(one.destination)
+    if not source.startswith(_MAPPED):
+        return bytes(one)
+    return bytes(
+        Tuple4(
+            source=octets(source[12:]),
+            destination=octets(destination[12:]),
+            source_port=one.source_port,
+            destination_port=one.destination_port,
+            protocol=one.protocol,
+            backend=one.backend,
+        )
+    )
+
+
+@_struct
 class VipKey(ctypes.Structure):
     address: Address
     port: Be16
@@ -169,9 +214,21 @@ class FlowFlag(IntFlag):
 
 
 @_struct
+class Hop(ctypes.Structure):
+    until_ns: U64
+    ifindex: U32
+    mtu: U32
+    vlan: U16
+    destination: Annotated[Octets, c_uint8 * 6]
+    source: Annotated[Octets, c_uint8 * 6]
+    zero: U16
+
+
+@_struct
 class Flow(ctypes.Structure):
     to: Tuple
     seen_ns: U64
+    hop: Hop
     vip: U32
     backend: U32
     generation: U32

@@ -15,7 +15,7 @@ from expressgateway.l4.xdp.layout import (
     FlowFlag,
     Forwarding,
     Reason,
-    Tuple,
+    tuple_of,
 )
 from expressgateway.l4.xdp.libbpf import Map
 
@@ -139,7 +139,7 @@ def flows_in(
             flow = Flow.from_buffer_copy(values, at * value_size)
             if flow.direction != Direction.TO_BACKEND:
                 continue
-            key = Tuple.from_buffer_copy(keys, at * key_size)
+            key = tuple_of(keys[at * key_size : (at + 1) * key_size])
             pool, backend = backends.get(flow.backend, ("", ""))
             is_nat = flow.forwarding == Forwarding.FORWARD_NAT
             yield FlowSeen(

@@ -11,61 +11,55 @@
 
 char LICENSE[] SEC("license") = "GPL";
 
-/* Send on what has a way: what every packet has to pass, and then off. */
-static __noinline int forward(struct xdp_md *ctx, struct work *work)
+/* Send on what has a way and a next hop. */
+static __always_inline int send(struct xdp_md *ctx, const struct packet *packet, const struct way *way)
 {
-	const struct packet *packet = &work->packet;
-	const struct way *way = &work->way;
 	int verdict;
 
-	if (way->forwarding == FORWARD_NAT && !translate(ctx, packet, &way->to))
+	if (way->forwarding == FORWARD_NAT && !translate(ctx, packet, way->to))
 		return ended(way->vip, PASS_MALFORMED);
 	if (!age(ctx, packet))
 		return ended(way->vip, PASS_MALFORMED);
-	verdict = transmit(ctx, work);
+	verdict = transmit(ctx, packet, way);
 	if (verdict == XDP_TX || verdict == XDP_REDIRECT)
 		count_sent(packet, way);
 	return verdict;
 }
 
-/* What a packet on its way has to pass: UNDERSTOOD with the next hop in `work->fib`, or a verdict. */
-static __noinline int check_way(struct xdp_md *ctx, struct work *work)
+/* What a packet on its way has to pass: UNDERSTOOD, or a verdict. */
+static __always_inline int check_way(struct xdp_md *ctx, struct work *work, const struct packet *packet,
+				     const struct way *way, __u64 now)
 {
-	const struct packet *packet = &work->packet;
-	const struct way *way = &work->way;
-	long answer;
+	int routed;
 
 	if (packet->ttl <= 1)
 		return ended(way->vip, DROP_TTL);
-	answer = route(ctx, work);
-	if (answer == BPF_FIB_LKUP_RET_FRAG_NEEDED)
-		return answer_too_big(ctx, work, work->fib.mtu_result - overhead_of(way, packet->is_v6));
-	if (answer != BPF_FIB_LKUP_RET_SUCCESS)
-		return ended(way->vip, no_route(way, answer));
-	if (way->forwarding == FORWARD_DSR && !is_next(&work->fib, &way->backend, packet->is_v6))
-		return ended(way->vip, DROP_NOT_ADJACENT);
-	return UNDERSTOOD;
+	routed = route(ctx, work, packet, way, now);
+	if (routed == UNDERSTOOD)
+		return UNDERSTOOD;
+	if (routed == TOO_BIG)
+		return answer_too_big(ctx, packet, way->vip, way->hop->mtu - overhead_of(way, packet->is_v6));
+	return ended(way->vip, routed);
 }
 
-static __always_inline void aim(struct way *way, const struct packet *packet, const struct backend *backend)
+/* What a packet to a backend becomes in `nat`, but for the port that it gets. */
+static __always_inline void aim(struct tuple *to, const struct packet *packet, const struct backend *backend)
 {
-	way->backend = backend->address;
-	way->source = backend->source;
-	way->to.source = backend->source;
-	way->to.destination = backend->address;
-	way->to.source_port = 0;
-	way->to.destination_port = backend->port;
-	way->to.protocol = packet->protocol;
-	way->to.zero = 0;
-	way->to.backend = 0;
+	to->source = backend->source;
+	to->destination = backend->address;
+	to->source_port = 0;
+	to->destination_port = backend->port;
+	to->protocol = packet->protocol;
+	to->zero = 0;
+	to->backend = 0;
 }
 
 /* A packet that no flow is known for. `named`: the backend that a server ID names, or 0. */
-static __noinline int to_somebody(struct xdp_md *ctx, struct work *work, const struct vip *vip, __u32 named)
+static __noinline int to_somebody(struct xdp_md *ctx, struct work *work, const struct packet *packet,
+				  const struct vip *vip, __u32 named)
 {
 	struct settings *settings = get_settings();
-	struct packet *packet = &work->packet;
-	struct way *way = &work->way;
+	struct way way = { .to = &work->flow.to, .hop = &work->hop };
 	struct backend *backend;
 	struct vip_count *count;
 	bool is_remembered;
@@ -78,19 +72,21 @@ static __noinline int to_somebody(struct xdp_md *ctx, struct work *work, const s
 	is_remembered = begins(packet);
 	if (!is_remembered && vip->forwarding == FORWARD_NAT)
 		return ended(vip->number, PASS_NO_FLOW);
-	way->vip = vip->number;
-	way->direction = TO_BACKEND;
-	way->forwarding = vip->forwarding;
-	way->is_known = 0;
-	way->number = named;
+	way.vip = vip->number;
+	way.direction = TO_BACKEND;
+	way.forwarding = vip->forwarding;
+	way.number = named;
 	if (!named)
-		way->number =
+		way.number =
 			drawn_backend(vip, hash_of(&packet->tuple, vip->flags & VIP_BY_ADDRESS, settings->seed));
-	backend = living_backend(way->number);
+	backend = living_backend(way.number);
 	if (!backend)
 		return ended(vip->number, PASS_NO_BACKEND);
-	aim(way, packet, backend);
-	reason = check_way(ctx, work);
+	way.backend = &backend->address;
+	way.source = &backend->source;
+	aim(&work->flow.to, packet, backend);
+	work->hop.until_ns = 0;
+	reason = check_way(ctx, work, packet, &way, 1);
 	if (reason != UNDERSTOOD)
 		return reason;
 	if (is_remembered && !may_begin(settings)) {
@@ -99,7 +95,8 @@ static __noinline int to_somebody(struct xdp_md *ctx, struct work *work, const s
 		is_remembered = false;
 	}
 	if (is_remembered) {
-		reason = begin(work, settings, backend, vip->flags & VIP_SERVER_IDS ? FLOW_SERVER_IDS : 0);
+		reason = begin(work, packet, settings, &way, backend->generation,
+			       vip->flags & VIP_SERVER_IDS ? FLOW_SERVER_IDS : 0);
 		if (reason != UNDERSTOOD)
 			return ended(vip->number, reason);
 	} else {
@@ -107,31 +104,30 @@ static __noinline int to_somebody(struct xdp_md *ctx, struct work *work, const s
 		if (count)
 			count->stateless++;
 	}
-	return forward(ctx, work);
+	return send(ctx, packet, &way);
 }
 
 /* A packet of a flow that goes on. */
-static __always_inline int along(struct xdp_md *ctx, struct work *work, struct flow *flow,
-				 const struct backend *backend)
+static __always_inline int along(struct xdp_md *ctx, struct work *work, const struct packet *packet,
+				 struct flow *flow, const struct backend *backend, __u64 now)
 {
-	struct way *way = &work->way;
-	int verdict;
+	struct way way = {
+		.to = &flow->to,
+		.backend = backend ? &backend->address : &flow->to.destination,
+		.source = backend ? &backend->source : &flow->to.source,
+		.hop = &flow->hop,
+		.vip = flow->vip,
+		.number = flow->backend,
+		.direction = flow->direction,
+		.forwarding = flow->forwarding,
+		.is_known = 1,
+	};
+	int verdict = check_way(ctx, work, packet, &way, now);
 
-	way->to = flow->to;
-	way->vip = flow->vip;
-	way->number = flow->backend;
-	way->direction = flow->direction;
-	way->forwarding = flow->forwarding;
-	way->is_known = 1;
-	if (backend) {
-		way->backend = backend->address;
-		way->source = backend->source;
-	}
-	verdict = check_way(ctx, work);
 	if (verdict != UNDERSTOOD)
 		return verdict;
-	note(work, flow);
-	return forward(ctx, work);
+	note(work, packet, flow, now);
+	return send(ctx, packet, &way);
 }
 
 static __always_inline struct vip *vip_of(const struct packet *packet)
@@ -145,17 +141,14 @@ static __always_inline struct vip *vip_of(const struct packet *packet)
 	return bpf_map_lookup_elem(&vips, &key);
 }
 
-static __always_inline int balance_packet(struct xdp_md *ctx, struct work *work)
+static __always_inline int balance_packet(struct xdp_md *ctx, struct work *work, struct packet *packet, __u64 now)
 {
-	struct packet *packet = &work->packet;
 	struct flow *flow = find(&packet->tuple, packet->is_v6);
-	struct backend *backend;
+	struct backend *backend = NULL;
 	struct settings *settings;
 	struct vip *vip = NULL;
 	__u32 named = 0;
 
-	if (flow && flow->direction == TO_CLIENT)
-		return along(ctx, work, flow, NULL);
 	if (!flow || flow->flags & FLOW_SERVER_IDS) {
 		vip = vip_of(packet);
 		if (vip && vip->flags & VIP_SERVER_IDS)
@@ -167,40 +160,41 @@ static __always_inline int balance_packet(struct xdp_md *ctx, struct work *work)
 		}
 	}
 	if (!flow)
-		return vip ? to_somebody(ctx, work, vip, named) : XDP_PASS;
-
-	settings = get_settings();
-	if (settings && settings->denies && is_denied(packet))
-		return ended(flow->vip, DROP_DENIED);
-	backend = living_backend(flow->backend);
-	if (backend && backend->generation == flow->generation && !(begins(packet) && has_ended(flow->flags)))
-		return along(ctx, work, flow, backend);
-
-	/* It is over. */
-	forget_pair(work, flow);
-	if (!begins(packet))
-		return ended(flow->vip, PASS_NO_FLOW);
-	vip = vip_of(packet);
-	return vip ? to_somebody(ctx, work, vip, named) : XDP_PASS;
+		return vip ? to_somebody(ctx, work, packet, vip, named) : XDP_PASS;
+	if (flow->direction == TO_BACKEND) {
+		settings = get_settings();
+		if (settings && settings->denies && is_denied(packet))
+			return ended(flow->vip, DROP_DENIED);
+		backend = living_backend(flow->backend);
+		if (!backend || backend->generation != flow->generation || (begins(packet) && has_ended(flow->flags))) {
+			forget_pair(work, packet, flow);
+			if (!begins(packet))
+				return ended(flow->vip, PASS_NO_FLOW);
+			vip = vip_of(packet);
+			return vip ? to_somebody(ctx, work, packet, vip, named) : XDP_PASS;
+		}
+	}
+	return along(ctx, work, packet, flow, backend, now);
 }
 
 SEC("xdp")
 int balance(struct xdp_md *ctx)
 {
+	__u64 now = bpf_ktime_get_coarse_ns();
 	struct work *work = get_work();
+	struct packet packet;
 	int parsed;
 
 	if (!work)
 		return XDP_PASS;
-	__builtin_memset(&work->packet, 0, sizeof(work->packet));
-	parsed = parse(ctx, &work->packet);
+	parsed = parse(ctx, &packet, &work->inlet, now);
 	if (parsed == NOT_OURS)
 		return XDP_PASS;
 	if (parsed != UNDERSTOOD)
 		return ended(0, parsed);
-	if (work->packet.protocol == IPPROTO_TCP || work->packet.protocol == IPPROTO_UDP)
-		return balance_packet(ctx, work);
-	return follow(ctx, work);
+	if (packet.protocol == IPPROTO_TCP || packet.protocol == IPPROTO_UDP)
+		return balance_packet(ctx, work, &packet, now);
+	return follow(ctx, work, &packet);
 }
 
 /* -- Removing what has ended */
@@ -212,7 +206,6 @@ struct sweeping {
 	__u64 flows;
 	__u64 entries;
 	__u64 removed;
-	bool is_v6;
 };
 
 static __always_inline __u64 lives_ns(const struct settings *settings, __u8 protocol, __u8 flags)
@@ -222,7 +215,8 @@ static __always_inline __u64 lives_ns(const struct settings *settings, __u8 prot
 	return has_ended(flags) || flags & FLOW_SYN ? settings->closing_ns : settings->tcp_idle_ns;
 }
 
-static __always_inline long sweep_one(struct tuple *key, struct flow *flow, struct sweeping *sweeping)
+/* Whether a flow, or what is left of it, has ended; then its other half is gone. */
+static __always_inline bool is_over(struct sweeping *sweeping, struct flow *flow, __u8 protocol, bool is_v6)
 {
 	struct flow *other = NULL;
 	__u64 seen = flow->seen_ns;
@@ -231,31 +225,35 @@ static __always_inline long sweep_one(struct tuple *key, struct flow *flow, stru
 	sweeping->entries++;
 	if (flow->forwarding == FORWARD_NAT) {
 		turn(&twin, &flow->to);
-		other = find(&twin, sweeping->is_v6);
+		other = find(&twin, is_v6);
 	}
-	if (flow->direction == TO_CLIENT) {
+	if (flow->direction == TO_CLIENT)
 		/* What has lost its other half, to the table's being full, is of no use. */
-		if (!other && sweeping->now - seen > sweeping->settings->closing_ns)
-			forget(key, sweeping->is_v6);
-		return 0;
-	}
+		return !other && sweeping->now - seen > sweeping->settings->closing_ns;
 	if (other && other->seen_ns > seen)
 		seen = other->seen_ns;
-	if (sweeping->now > seen &&
-	    sweeping->now - seen > lives_ns(sweeping->settings, key->protocol, flow->flags)) {
-		if (other)
-			forget(&twin, sweeping->is_v6);
-		forget(key, sweeping->is_v6);
-		sweeping->removed++;
-	} else {
+	if (sweeping->now < seen || sweeping->now - seen <= lives_ns(sweeping->settings, protocol, flow->flags)) {
 		sweeping->flows++;
+		return false;
 	}
+	if (other)
+		forget(&twin, is_v6);
+	sweeping->removed++;
+	return true;
+}
+
+static long sweep4(void *map, struct tuple4 *key, struct flow *flow, struct sweeping *sweeping)
+{
+	if (is_over(sweeping, flow, key->protocol, false))
+		bpf_map_delete_elem(&flows4, key);
 	return 0;
 }
 
-static long sweep_entry(void *map, struct tuple *key, struct flow *flow, struct sweeping *sweeping)
+static long sweep6(void *map, struct tuple *key, struct flow *flow, struct sweeping *sweeping)
 {
-	return sweep_one(key, flow, sweeping);
+	if (is_over(sweeping, flow, key->protocol, true))
+		bpf_map_delete_elem(&flows6, key);
+	return 0;
 }
 
 SEC("syscall")
@@ -265,11 +263,10 @@ int sweep(struct sweep *result)
 
 	if (!sweeping.settings)
 		return 1;
-	bpf_for_each_map_elem(&flows4, sweep_entry, &sweeping, 0);
+	bpf_for_each_map_elem(&flows4, sweep4, &sweeping, 0);
 	result->flows4 = sweeping.flows;
 	sweeping.flows = 0;
-	sweeping.is_v6 = true;
-	bpf_for_each_map_elem(&flows6, sweep_entry, &sweeping, 0);
+	bpf_for_each_map_elem(&flows6, sweep6, &sweeping, 0);
 	result->flows6 = sweeping.flows;
 	result->entries = sweeping.entries;
 	result->removed = sweeping.removed;

@@ -14,9 +14,10 @@
 
 /* Where a packet goes. */
 struct way {
-	struct tuple to;	/* `nat`: what it becomes */
-	struct address backend; /* `dsr`: next; `dsr_encapsulated`: the outer destination */
-	struct address source;	/* `dsr_encapsulated`: the outer source */
+	const struct tuple *to;	       /* `nat`: what it becomes */
+	const struct address *backend; /* `dsr`: next; `dsr_encapsulated`: the outer destination */
+	const struct address *source;  /* `dsr_encapsulated`: the outer source */
+	struct hop *hop;
 	__u32 vip;
 	__u32 number; /* the backend's */
 	__u8 direction;
@@ -24,15 +25,16 @@ struct way {
 	__u8 is_known; /* whether somebody relies on it: a flow that is broken is not the kernel's to mend */
 };
 
-/* What one packet needs for its while, on this CPU; more than a program's stack holds. */
+/* What is too large for a program's stack, for the while of one packet, and what this CPU remembers. */
 struct work {
-	struct packet packet;
-	struct way way;
+	struct inlet inlet;
 	struct bpf_fib_lookup fib;
 	struct flow flow;
 	struct flow answers;
 	struct tuple twin;
 	struct tuple quoted;
+	struct tuple to;
+	struct hop hop;
 };
 
 struct {
@@ -49,33 +51,59 @@ static __always_inline struct work *get_work(void)
 	return bpf_map_lookup_elem(&works, &zero);
 }
 
+static __always_inline struct tuple4 shortened(const struct tuple *tuple)
+{
+	return (struct tuple4){
+		.source = tuple->source.words[3],
+		.destination = tuple->destination.words[3],
+		.source_port = tuple->source_port,
+		.destination_port = tuple->destination_port,
+		.protocol = tuple->protocol,
+		.backend = tuple->backend,
+	};
+}
+
 static __always_inline struct flow *find(const struct tuple *tuple, bool is_v6)
 {
-	return is_v6 ? bpf_map_lookup_elem(&flows6, tuple) : bpf_map_lookup_elem(&flows4, tuple);
+	struct tuple4 key;
+
+	if (is_v6)
+		return bpf_map_lookup_elem(&flows6, tuple);
+	key = shortened(tuple);
+	return bpf_map_lookup_elem(&flows4, &key);
 }
 
 static __always_inline long put(const struct tuple *tuple, const struct flow *flow, bool is_v6)
 {
-	return is_v6 ? bpf_map_update_elem(&flows6, tuple, flow, BPF_NOEXIST) :
-		       bpf_map_update_elem(&flows4, tuple, flow, BPF_NOEXIST);
+	struct tuple4 key;
+
+	if (is_v6)
+		return bpf_map_update_elem(&flows6, tuple, flow, BPF_NOEXIST);
+	key = shortened(tuple);
+	return bpf_map_update_elem(&flows4, &key, flow, BPF_NOEXIST);
 }
 
 static __always_inline void forget(const struct tuple *tuple, bool is_v6)
 {
-	if (is_v6)
+	struct tuple4 key;
+
+	if (is_v6) {
 		bpf_map_delete_elem(&flows6, tuple);
-	else
-		bpf_map_delete_elem(&flows4, tuple);
+	} else {
+		key = shortened(tuple);
+		bpf_map_delete_elem(&flows4, &key);
+	}
 }
 
 /* Both entries of a packet's flow to a backend. */
-static __always_inline void forget_pair(struct work *work, const struct flow *flow)
+static __noinline int forget_pair(struct work *work, const struct packet *packet, const struct flow *flow)
 {
 	if (flow->forwarding == FORWARD_NAT) {
 		turn(&work->twin, &flow->to);
-		forget(&work->twin, work->packet.is_v6);
+		forget(&work->twin, packet->is_v6);
 	}
-	forget(&work->packet.tuple, work->packet.is_v6);
+	forget(&packet->tuple, packet->is_v6);
+	return 0;
 }
 
 static __always_inline bool has_ended(__u8 flags)
@@ -175,78 +203,82 @@ static __always_inline bool begins(const struct packet *packet)
 	       (packet->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN;
 }
 
-/* Note what a packet says of its flow. */
-static __always_inline void note(struct work *work, struct flow *flow)
+/* Note, in both directions, that one of them is at its end. */
+static __noinline int note_end(struct work *work, const struct packet *packet, struct flow *flow)
 {
-	__u64 now = bpf_ktime_get_coarse_ns();
-	__u8 flags = work->packet.tcp_flags;
+	bool is_reset = packet->tcp_flags & TCP_RST;
 	struct flow *other;
 
-	if (now - flow->seen_ns > SEEN_NS)
-		flow->seen_ns = now;
-	if (work->packet.protocol != IPPROTO_TCP)
-		return;
-	if (flow->flags & FLOW_SYN && !(flags & TCP_SYN))
-		flow->flags &= ~FLOW_SYN;
-	if (!(flags & (TCP_FIN | TCP_RST)))
-		return;
-	flow->flags |= flags & TCP_RST ? FLOW_RST : FLOW_FIN;
-	flow->seen_ns = now;
+	flow->flags |= is_reset ? FLOW_RST : FLOW_FIN;
 	if (flow->forwarding != FORWARD_NAT) {
 		/* The other direction does not come by here; it has not long to live either. */
 		flow->flags |= FLOW_TWIN_FIN;
-		return;
+		return 0;
 	}
 	turn(&work->twin, &flow->to);
-	other = find(&work->twin, work->packet.is_v6);
+	other = find(&work->twin, packet->is_v6);
 	if (other)
-		other->flags |= flags & TCP_RST ? FLOW_RST : FLOW_TWIN_FIN;
+		other->flags |= is_reset ? FLOW_RST : FLOW_TWIN_FIN;
+	return 0;
 }
 
-/* The entry for the answers of `work->flow` in `nat`, on a port of ours that is free. `work->way.to` is complete
+/* Note what a packet says of its flow. */
+static __always_inline void note(struct work *work, const struct packet *packet, struct flow *flow, __u64 now)
+{
+	if (now - flow->seen_ns > SEEN_NS)
+		flow->seen_ns = now;
+	if (packet->protocol != IPPROTO_TCP)
+		return;
+	if (flow->flags & FLOW_SYN && !(packet->tcp_flags & TCP_SYN))
+		flow->flags &= ~FLOW_SYN;
+	if (packet->tcp_flags & (TCP_FIN | TCP_RST))
+		note_end(work, packet, flow);
+}
+
+/* The entry for the answers of `work->flow` in `nat`, on a port of ours that is free. `work->flow.to` is complete
  * then, and `work->twin` is that entry's key. */
-static __always_inline bool take_port(struct work *work, const struct settings *settings)
+static __always_inline bool take_port(struct work *work, const struct packet *packet, const struct settings *settings)
 {
 	__u32 ports = settings->last_port - settings->first_port + 1;
-	__u32 hash = hash_of(&work->packet.tuple, false, settings->seed ^ 0x9e3779b9);
+	__u32 hash = hash_of(&packet->tuple, false, settings->seed ^ 0x9e3779b9);
 
 	work->answers = work->flow;
 	work->answers.direction = TO_CLIENT;
-	turn(&work->answers.to, &work->packet.tuple);
-	turn(&work->twin, &work->way.to);
+	work->answers.hop.until_ns = 0;
+	turn(&work->answers.to, &packet->tuple);
+	turn(&work->twin, &work->flow.to);
 	for (int i = 0; i < PORTS_TRIED; i++) {
 		work->twin.destination_port = bpf_htons(settings->first_port + (hash + i * PORT_STEP) % ports);
-		if (!put(&work->twin, &work->answers, work->packet.is_v6)) {
-			work->way.to.source_port = work->twin.destination_port;
+		if (!put(&work->twin, &work->answers, packet->is_v6)) {
+			work->flow.to.source_port = work->twin.destination_port;
 			return true;
 		}
 	}
 	return false;
 }
 
-/* Remember where a flow goes: UNDERSTOOD, or the reason why it cannot. */
-static __always_inline int begin(struct work *work, const struct settings *settings, const struct backend *backend,
-				 __u8 flags)
+/* Remember where a flow goes, whose `to` is in `work->flow`: UNDERSTOOD, or the reason why it cannot be. */
+static __always_inline int begin(struct work *work, const struct packet *packet, const struct settings *settings,
+				 const struct way *way, __u32 generation, __u8 flags)
 {
 	struct flow *flow = &work->flow;
-	struct way *way = &work->way;
 	struct backend_count *of_backend;
 	struct vip_count *of_vip;
 
 	flow->seen_ns = bpf_ktime_get_coarse_ns();
+	flow->hop = *way->hop;
 	flow->vip = way->vip;
 	flow->backend = way->number;
-	flow->generation = backend->generation;
+	flow->generation = generation;
 	flow->direction = TO_BACKEND;
-	flow->flags = flags | (work->packet.protocol == IPPROTO_TCP ? FLOW_SYN : 0);
+	flow->flags = flags | (packet->protocol == IPPROTO_TCP ? FLOW_SYN : 0);
 	flow->forwarding = way->forwarding;
-	if (way->forwarding == FORWARD_NAT && !take_port(work, settings))
+	if (way->forwarding == FORWARD_NAT && !take_port(work, packet, settings))
 		return PASS_NO_PORT;
-	flow->to = way->to;
-	if (put(&work->packet.tuple, flow, work->packet.is_v6)) {
+	if (put(&packet->tuple, flow, packet->is_v6)) {
 		/* Another CPU was faster. What it chose holds; the client sends this packet again. */
 		if (way->forwarding == FORWARD_NAT)
-			forget(&work->twin, work->packet.is_v6);
+			forget(&work->twin, packet->is_v6);
 		return DROP_RACE;
 	}
 	of_vip = vip_count(way->vip);

@@ -22,26 +22,6 @@ static __always_inline __u32 overhead_of(const struct way *way, bool is_v6)
 	return is_v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
 }
 
-/* Ask for the next hop towards `destination`: what bpf_fib_lookup says. */
-static __always_inline long next_hop(struct xdp_md *ctx, struct bpf_fib_lookup *fib, const struct packet *packet,
-				     const struct address *source, const struct address *destination, __u32 overhead)
-{
-	__builtin_memset(fib, 0, sizeof(*fib));
-	fib->l4_protocol = packet->protocol;
-	fib->tot_len = packet->length + overhead;
-	fib->ifindex = ctx->ingress_ifindex;
-	if (packet->is_v6) {
-		fib->family = AF_INET6;
-		__builtin_memcpy(fib->ipv6_src, source, sizeof(fib->ipv6_src));
-		__builtin_memcpy(fib->ipv6_dst, destination, sizeof(fib->ipv6_dst));
-	} else {
-		fib->family = AF_INET;
-		fib->ipv4_src = source->words[3];
-		fib->ipv4_dst = destination->words[3];
-	}
-	return bpf_fib_lookup(ctx, fib, sizeof(*fib), 0);
-}
-
 static __always_inline bool is_next(const struct bpf_fib_lookup *fib, const struct address *address, bool is_v6)
 {
 	if (!is_v6)
@@ -58,6 +38,69 @@ static __always_inline int no_route(const struct way *way, long answer)
 	return answer == BPF_FIB_LKUP_RET_NO_NEIGH ? DROP_NO_NEIGHBOUR : DROP_NO_ROUTE;
 }
 
+#define TOO_BIG -3
+
+/* Ask the kernel for the next hop, which is then in `way->hop`: UNDERSTOOD, TOO_BIG with the MTU there, or the
+ * reason why there is none. */
+static __noinline int ask(struct xdp_md *ctx, struct work *work, const struct packet *packet, const struct way *way)
+{
+	const struct address *source = &packet->tuple.source, *destination = way->backend;
+	struct bpf_fib_lookup *fib = &work->fib;
+	struct hop *hop = way->hop;
+	struct port *port;
+	__u32 leaves;
+	long answer;
+
+	if (way->forwarding == FORWARD_NAT) {
+		source = &way->to->source;
+		destination = &way->to->destination;
+	} else if (overhead_of(way, packet->is_v6)) {
+		source = way->source;
+	}
+	__builtin_memset(fib, 0, sizeof(*fib));
+	fib->l4_protocol = packet->protocol;
+	fib->tot_len = packet->length + overhead_of(way, packet->is_v6);
+	fib->ifindex = ctx->ingress_ifindex;
+	if (packet->is_v6) {
+		fib->family = AF_INET6;
+		__builtin_memcpy(fib->ipv6_src, source, sizeof(fib->ipv6_src));
+		__builtin_memcpy(fib->ipv6_dst, destination, sizeof(fib->ipv6_dst));
+	} else {
+		fib->family = AF_INET;
+		fib->ipv4_src = source->words[3];
+		fib->ipv4_dst = destination->words[3];
+	}
+	answer = bpf_fib_lookup(ctx, fib, sizeof(*fib), 0);
+	hop->until_ns = 0;
+	hop->mtu = fib->mtu_result;
+	if (answer == BPF_FIB_LKUP_RET_FRAG_NEEDED)
+		return TOO_BIG;
+	if (answer != BPF_FIB_LKUP_RET_SUCCESS)
+		return no_route(way, answer);
+	if (way->forwarding == FORWARD_DSR && !is_next(fib, way->backend, packet->is_v6))
+		return DROP_NOT_ADJACENT;
+	leaves = fib->ifindex;
+	port = bpf_map_lookup_elem(&ports, &leaves);
+	if (!port)
+		return DROP_NO_PORT;
+	hop->ifindex = port->ifindex;
+	hop->vlan = port->vlan;
+	hop->zero = 0;
+	__builtin_memcpy(hop->destination, fib->dmac, sizeof(hop->destination));
+	__builtin_memcpy(hop->source, fib->smac, sizeof(hop->source));
+	hop->until_ns = bpf_ktime_get_coarse_ns() + HOP_NS;
+	return UNDERSTOOD;
+}
+
+/* The next hop, asked for or remembered; see `ask`. */
+static __always_inline int route(struct xdp_md *ctx, struct work *work, const struct packet *packet,
+				 const struct way *way, __u64 now)
+{
+	if (way->hop->until_ns >= now && packet->length + overhead_of(way, packet->is_v6) <= way->hop->mtu)
+		return UNDERSTOOD;
+	return ask(ctx, work, packet, way);
+}
+
 /* A checksum over a header of ICMP and what it quotes, of a length known when compiling. */
 static __always_inline __u16 icmp_check(void *header, __u32 length, __u64 pseudo)
 {
@@ -65,10 +108,8 @@ static __always_inline __u16 icmp_check(void *header, __u32 length, __u64 pseudo
 }
 
 /* Turn a packet into the message that it is too big, and send it back. Nothing has been changed in it before. */
-static __noinline int answer_too_big(struct xdp_md *ctx, struct work *work, __u32 mtu)
+static __noinline int answer_too_big(struct xdp_md *ctx, const struct packet *packet, __u32 vip, __u32 mtu)
 {
-	const struct packet *packet = &work->packet;
-	const __u32 vip = work->way.vip;
 	const int header4 = sizeof(struct iphdr) + sizeof(struct icmp_header);
 	const int header6 = sizeof(struct ipv6hdr) + sizeof(struct icmp_header);
 	const bool has_vlan = packet->network != sizeof(struct ethhdr);
@@ -250,8 +291,8 @@ static __always_inline bool write_outer(void *header, void *end, const struct pa
 		ip->payload_len = bpf_htons(packet->length);
 		ip->nexthdr = IPPROTO_IPV6;
 		ip->hop_limit = QUOTED_TTL;
-		__builtin_memcpy(&ip->saddr, &way->source, sizeof(ip->saddr));
-		__builtin_memcpy(&ip->daddr, &way->backend, sizeof(ip->daddr));
+		__builtin_memcpy(&ip->saddr, way->source, sizeof(ip->saddr));
+		__builtin_memcpy(&ip->daddr, way->backend, sizeof(ip->daddr));
 	} else {
 		struct iphdr *ip = header;
 
@@ -264,55 +305,49 @@ static __always_inline bool write_outer(void *header, void *end, const struct pa
 		ip->frag_off = packet->may_fragment ? 0 : bpf_htons(0x4000);
 		ip->ttl = QUOTED_TTL;
 		ip->protocol = IPPROTO_IPIP;
-		ip->saddr = way->source.words[3];
-		ip->daddr = way->backend.words[3];
+		ip->saddr = way->source->words[3];
+		ip->daddr = way->backend->words[3];
 		ip->check = folded((__u32)bpf_csum_diff(NULL, 0, (void *)ip, sizeof(*ip), 0));
 	}
 	return true;
 }
 
 /* Give a packet its link header, and an outer one if it wants one, and send it off. */
-static __noinline int transmit(struct xdp_md *ctx, struct work *work)
+static __always_inline int transmit(struct xdp_md *ctx, const struct packet *packet, const struct way *way)
 {
-	const struct packet *packet = &work->packet;
-	const struct bpf_fib_lookup *fib = &work->fib;
-	const struct way *way = &work->way;
-	__u32 overhead = overhead_of(way, packet->is_v6), leaves = fib->ifindex;
-	struct port *port = bpf_map_lookup_elem(&ports, &leaves);
+	__u32 overhead = overhead_of(way, packet->is_v6);
+	const struct hop *hop = way->hop;
 	struct ethhdr *ethernet;
-	__u32 link;
+	__be16 protocol = bpf_htons(packet->is_v6 ? ETH_P_IPV6 : ETH_P_IP);
+	__u32 link = sizeof(*ethernet) + (hop->vlan ? sizeof(struct vlan_header) : 0);
+	int grown = (int)(link + overhead) - (int)packet->network;
 	void *end;
-	int grown;
 
-	if (!port)
-		return ended(way->vip, DROP_NO_PORT);
-	link = sizeof(*ethernet) + (port->vlan ? sizeof(struct vlan_header) : 0);
-	grown = (int)(link + overhead) - (int)packet->network;
 	if (grown && bpf_xdp_adjust_head(ctx, -grown))
 		return ended(way->vip, DROP_NO_SPACE);
 	ethernet = (void *)(long)ctx->data;
 	end = (void *)(long)ctx->data_end;
 	if ((void *)(ethernet + 1) > end)
 		return ended(way->vip, DROP_NO_SPACE);
-	__builtin_memcpy(ethernet->h_dest, fib->dmac, ETH_ALEN);
-	__builtin_memcpy(ethernet->h_source, fib->smac, ETH_ALEN);
-	ethernet->h_proto = bpf_htons(packet->is_v6 ? ETH_P_IPV6 : ETH_P_IP);
-	if (port->vlan) {
+	__builtin_memcpy(ethernet->h_dest, hop->destination, ETH_ALEN);
+	__builtin_memcpy(ethernet->h_source, hop->source, ETH_ALEN);
+	if (hop->vlan) {
 		struct vlan_header *vlan = (void *)(ethernet + 1);
 
 		if ((void *)(vlan + 1) > end)
 			return ended(way->vip, DROP_NO_SPACE);
-		vlan->protocol = ethernet->h_proto;
-		vlan->tag = bpf_htons(port->vlan);
-		ethernet->h_proto = bpf_htons(ETH_P_8021Q);
+		vlan->protocol = protocol;
+		vlan->tag = bpf_htons(hop->vlan);
+		protocol = bpf_htons(ETH_P_8021Q);
 		if (overhead && !write_outer(vlan + 1, end, packet, way))
 			return ended(way->vip, DROP_NO_SPACE);
 	} else if (overhead && !write_outer(ethernet + 1, end, packet, way)) {
 		return ended(way->vip, DROP_NO_SPACE);
 	}
-	if (port->ifindex == ctx->ingress_ifindex)
+	ethernet->h_proto = protocol;
+	if (hop->ifindex == ctx->ingress_ifindex)
 		return XDP_TX;
-	return bpf_redirect(port->ifindex, 0);
+	return bpf_redirect(hop->ifindex, 0);
 }
 
 static __always_inline void count_sent(const struct packet *packet, const struct way *way)
@@ -333,21 +368,6 @@ static __always_inline void count_sent(const struct packet *packet, const struct
 		of_backend->out_packets++;
 		of_backend->out_bytes += packet->length;
 	}
-}
-
-/* The address that a packet is routed to, and from. */
-static __noinline long route(struct xdp_md *ctx, struct work *work)
-{
-	const struct packet *packet = &work->packet;
-	const struct way *way = &work->way;
-	struct bpf_fib_lookup *fib = &work->fib;
-	__u32 overhead = overhead_of(way, packet->is_v6);
-
-	if (way->forwarding == FORWARD_NAT)
-		return next_hop(ctx, fib, packet, &way->to.source, &way->to.destination, 0);
-	if (overhead)
-		return next_hop(ctx, fib, packet, &way->source, &way->backend, overhead);
-	return next_hop(ctx, fib, packet, &packet->tuple.source, &way->backend, 0);
 }
 
 #endif

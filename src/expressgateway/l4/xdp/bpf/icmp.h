@@ -114,18 +114,17 @@ static __always_inline bool requote(struct xdp_md *ctx, const struct packet *pac
 }
 
 /* An ICMP packet. */
-static __noinline int follow(struct xdp_md *ctx, struct work *work)
+static __noinline int follow(struct xdp_md *ctx, struct work *work, const struct packet *packet)
 {
 	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
-	struct packet *packet = &work->packet;
 	struct icmp_header *icmp = data + (packet->transport & MAX_OFFSET);
 	struct quote quote = { .tuple = &work->quoted };
-	struct way *way = &work->way;
+	struct tuple *to = &work->to;
+	struct way way = { .to = to, .hop = &work->hop, .is_known = 1 };
 	struct backend *backend;
 	struct vip_count *count;
 	struct flow *flow;
 	__u64 growth;
-	long answer;
 	int verdict;
 
 	if ((void *)(icmp + 1) > end || !is_error(packet, icmp->type))
@@ -138,44 +137,43 @@ static __noinline int follow(struct xdp_md *ctx, struct work *work)
 	flow = find(&work->twin, packet->is_v6);
 	if (!flow)
 		return ended(0, PASS_NOT_UNDERSTOOD);
-	way->vip = flow->vip;
-	way->number = flow->backend;
-	way->direction = flow->direction;
-	way->forwarding = flow->forwarding;
-	way->is_known = 1;
+	way.vip = flow->vip;
+	way.number = flow->backend;
+	way.direction = flow->direction;
+	way.forwarding = flow->forwarding;
+	way.backend = &to->destination; /* of none, when it goes to a client */
+	way.source = &to->source;
 	if (flow->direction == TO_BACKEND) {
 		backend = living_backend(flow->backend);
 		if (!backend || backend->generation != flow->generation)
-			return ended(way->vip, PASS_NO_FLOW);
-		way->backend = backend->address;
-		way->source = backend->source;
+			return ended(way.vip, PASS_NO_FLOW);
+		way.backend = &backend->address;
+		way.source = &backend->source;
 	}
 	if (packet->ttl <= 1)
-		return ended(way->vip, DROP_TTL);
-	if (way->forwarding == FORWARD_NAT) {
+		return ended(way.vip, DROP_TTL);
+	if (way.forwarding == FORWARD_NAT) {
 		/* Whoever says it: the other end of the flow, which is known by another address, or a router. */
-		way->to.source = packet->tuple.source;
+		to->source = packet->tuple.source;
 		if (is_same(&packet->tuple.source, &work->twin.source))
-			way->to.source = flow->to.source;
-		way->to.destination = flow->to.destination;
+			to->source = flow->to.source;
+		to->destination = flow->to.destination;
 		turn(&work->twin, &flow->to);
 	}
-	answer = route(ctx, work);
-	if (answer == BPF_FIB_LKUP_RET_FRAG_NEEDED)
-		return ended(way->vip, DROP_TOO_BIG);
-	if (answer != BPF_FIB_LKUP_RET_SUCCESS)
-		return ended(way->vip, no_route(way, answer));
-	if (way->forwarding == FORWARD_DSR && !is_next(&work->fib, &way->backend, packet->is_v6))
-		return ended(way->vip, DROP_NOT_ADJACENT);
-	if (way->forwarding == FORWARD_NAT) {
-		growth = grown_addresses(&packet->tuple, &way->to, packet->is_v6);
-		if (!requote(ctx, packet, &quote, &work->twin, growth) || !readdress(ctx, packet, &way->to, growth))
-			return ended(way->vip, PASS_MALFORMED);
+	verdict = ask(ctx, work, packet, &way);
+	if (verdict == TOO_BIG)
+		return ended(way.vip, DROP_TOO_BIG);
+	if (verdict != UNDERSTOOD)
+		return ended(way.vip, verdict);
+	if (way.forwarding == FORWARD_NAT) {
+		growth = grown_addresses(&packet->tuple, to, packet->is_v6);
+		if (!requote(ctx, packet, &quote, &work->twin, growth) || !readdress(ctx, packet, to, growth))
+			return ended(way.vip, PASS_MALFORMED);
 	}
 	if (!age(ctx, packet))
-		return ended(way->vip, PASS_MALFORMED);
-	verdict = transmit(ctx, work);
-	count = vip_count(way->vip);
+		return ended(way.vip, PASS_MALFORMED);
+	verdict = transmit(ctx, packet, &way);
+	count = vip_count(way.vip);
 	if (count && (verdict == XDP_TX || verdict == XDP_REDIRECT))
 		count->icmp_followed++;
 	return verdict;

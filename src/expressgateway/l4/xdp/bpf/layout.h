@@ -39,7 +39,7 @@ struct address {
 	__be32 words[4];
 };
 
-/* A packet's transport addresses, as it comes in. The key of a flow. */
+/* A packet's transport addresses, as it comes in. The key of a flow over IPv6. */
 struct tuple {
 	struct address source;
 	struct address destination;
@@ -49,6 +49,18 @@ struct tuple {
 	__u8 zero;
 	__u16 backend; /* 0, but where a client has several QUIC connections on one port, and a server ID says that
 			* this one is somebody else's than the flow without it */
+};
+
+/* The same of IPv4 alone: the key of a flow over IPv4 is short, for the hash over it is a good part of a packet's
+ * cost. */
+struct tuple4 {
+	__be32 source;
+	__be32 destination;
+	__be16 source_port;
+	__be16 destination_port;
+	__u8 protocol;
+	__u8 zero;
+	__u16 backend;
 };
 
 /* -- VIPs: hash `vips`, of `struct vip_key` */
@@ -98,7 +110,7 @@ struct backend {
 	__u32 generation; /* another one for each backend that has had this number; never 0 */
 };
 
-/* -- Flows: LRU hashes `flows4` and `flows6`, of `struct tuple`. In `nat` a flow has two entries, one for each
+/* -- Flows: LRU hashes `flows4`, of `struct tuple4`, and `flows6`, of `struct tuple`. In `nat` a flow has two entries, one for each
  * direction; `to` of one, turned around, is the key of the other. In `dsr` it has one, and `to` is nothing. */
 
 enum direction {
@@ -114,9 +126,21 @@ enum flow_flag {
 	FLOW_SERVER_IDS = 16, /* of a VIP with VIP_SERVER_IDS */
 };
 
+/* Where packets leave, as the kernel said not long ago: what bpf_fib_lookup finds, without asking each time. */
+struct hop {
+	__u64 until_ns; /* then it is asked again */
+	__u32 ifindex;	/* of the device */
+	__u32 mtu;
+	__u16 vlan;	       /* 0: none */
+	__u8 destination[6]; /* MAC addresses */
+	__u8 source[6];
+	__u16 zero;
+};
+
 struct flow {
 	struct tuple to; /* what its packets become: in `nat` */
 	__u64 seen_ns;	 /* last packet in this direction */
+	struct hop hop;
 	__u32 vip;
 	__u32 backend;
 	__u32 generation; /* the backend's */

@@ -44,9 +44,16 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, MAX_FLOW_ENTRIES);
+	__type(key, struct tuple4);
+	__type(value, struct flow);
+} flows4 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_FLOW_ENTRIES);
 	__type(key, struct tuple);
 	__type(value, struct flow);
-} flows4 SEC(".maps"), flows6 SEC(".maps");
+} flows6 SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

@@ -17,6 +17,8 @@
 
 #include <bpf/bpf_endian.h>
 
+#define HOP_NS 20000000ULL /* how long a next hop is believed in, and our own MAC */
+
 #define MAX_EXTENSIONS 4
 #define MAX_OFFSET 0x1ff /* of a transport header: 18 + 40 + 4 * 64, with what is longer not understood */
 
@@ -124,6 +126,7 @@ static __always_inline int parse_v4(void *data, void *end, struct packet *packet
 	packet->ttl = ip->ttl;
 	packet->may_fragment = !(ip->frag_off & bpf_htons(0x4000));
 	packet->protocol = ip->protocol;
+	packet->is_v6 = 0;
 	return UNDERSTOOD;
 }
 
@@ -169,6 +172,7 @@ static __always_inline int parse_v6(void *data, void *end, struct packet *packet
 	packet->length = length;
 	packet->ttl = ip->hop_limit;
 	packet->protocol = next;
+	packet->may_fragment = 0;
 	packet->is_v6 = 1;
 	return UNDERSTOOD;
 }
@@ -180,6 +184,9 @@ static __always_inline int parse_transport(void *data, void *end, struct packet 
 	void *transport = data + (packet->transport & MAX_OFFSET);
 
 	packet->tuple.protocol = packet->protocol;
+	packet->tuple.zero = 0;
+	packet->tuple.backend = 0;
+	packet->tcp_flags = 0;
 	if (packet->protocol == IPPROTO_TCP) {
 		struct tcphdr *tcp = transport;
 
@@ -208,24 +215,48 @@ static __always_inline int parse_transport(void *data, void *end, struct packet 
 	return PASS_NOT_UNDERSTOOD;
 }
 
-static __always_inline int parse(struct xdp_md *ctx, struct packet *packet)
+/* Of whom frames are that come in by a device, remembered for as long as a next hop is. */
+struct inlet {
+	__u64 until_ns;
+	__u32 ifindex;
+	__u8 mac[ETH_ALEN];
+	__u8 is_ours; /* whether there is such a port */
+};
+
+static __noinline int refresh(struct inlet *inlet, __u32 ifindex, __u64 now)
+{
+	struct port *port = bpf_map_lookup_elem(&ports, &ifindex);
+
+	inlet->ifindex = ifindex;
+	inlet->until_ns = now + HOP_NS;
+	inlet->is_ours = port != NULL;
+	if (port)
+		__builtin_memcpy(inlet->mac, port->mac, sizeof(inlet->mac));
+	return 0;
+}
+
+/* Whether two MAC addresses, both at an even address, are the same. */
+static __always_inline bool is_same_mac(const void *one, const void *other)
+{
+	const __u16 *a = one, *b = other;
+
+	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2];
+}
+
+static __always_inline int parse(struct xdp_md *ctx, struct packet *packet, struct inlet *inlet, __u64 now)
 {
 	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
 	struct ethhdr *ethernet = data;
-	__u32 ifindex = ctx->ingress_ifindex;
-	struct port *port;
 	__be16 protocol;
 	int parsed;
 
 	if ((void *)(ethernet + 1) > end)
 		return NOT_OURS;
-	port = bpf_map_lookup_elem(&ports, &ifindex);
-	if (!port)
-		return NOT_OURS;
+	if (inlet->ifindex != ctx->ingress_ifindex || inlet->until_ns < now)
+		refresh(inlet, ctx->ingress_ifindex, now);
 	/* A switch may flood us with what is for others; backends in `dsr` have our addresses, but not our MAC. */
-	for (int i = 0; i < ETH_ALEN; i++)
-		if (ethernet->h_dest[i] != port->mac[i])
-			return NOT_OURS;
+	if (!inlet->is_ours || !is_same_mac(ethernet->h_dest, inlet->mac))
+		return NOT_OURS;
 	protocol = ethernet->h_proto;
 	packet->network = sizeof(*ethernet);
 	if (protocol == bpf_htons(ETH_P_8021Q) || protocol == bpf_htons(ETH_P_8021AD)) {
