@@ -26,6 +26,7 @@ _BUFFER_BYTES: Final = 1 << 23
 """Of sockets that must not lose a datagram while Python is busy elsewhere."""
 
 _SO_RCVBUFFORCE: Final = 33
+_IP_PKTINFO: Final = 8
 _TUNSETIFF: Final = 0x400454CA
 _IFF_TUN: Final = 0x0001
 _IFF_NO_PI: Final = 0x1000
@@ -324,11 +325,10 @@ class Stream:
 
 
 class Conversation:
-    """A TCP connection with a question and its answer all the time, for the length of the ``with`` block."""
+    """A question and its answer on a TCP connection all the time, for the length of the ``with`` block."""
 
-    def __init__(self, namespace: Namespace, address: str, port: int, *, slowest_s: float = 2.0) -> None:
-        self.flow = Flow(namespace, address, port)
-        self.name = self.flow.who()
+    def __init__(self, flow: Flow, *, slowest_s: float = 2.0) -> None:
+        self.flow = flow
         self.answers = 0
         self.slowest_s = 0.0
         self._limit_s = slowest_s
@@ -362,6 +362,84 @@ class Conversation:
                 self.slowest_s = max(self.slowest_s, time.monotonic() - asked)
         except (OSError, AssertionError) as error:
             self._failure = f"after {self.answers} answers: {error!r}"
+
+
+class Crowd:
+    """As many UDP backends as ``network`` has addresses, all of them in one namespace and one socket. Each
+    answers with its address in the place of a name."""
+
+    def __init__(self, namespace: Namespace, network: str, port: int) -> None:
+        self._namespace = namespace
+        namespace.ip(f"route add local {network} dev lo")
+        with namespace.entered():
+            self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
+        self._sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+        self._sock.bind(("", port))
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # a socket of UDP's is never connected; who reads is woken up
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._thread.join(PATIENCE_S)
+        self._sock.close()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                data, ancillary, _, peer = self._sock.recvmsg(_CHUNK_BYTES, 64)
+                if not ancillary:
+                    return
+                asked = socket.inet_ntoa(ancillary[0][2][8:12])
+                source = struct.pack("I4s4x", 0, socket.inet_aton(asked))
+                answer = f"{asked} {peer[0]} {peer[1]} ".encode() + data
+                self._sock.sendmsg([answer], [(socket.IPPROTO_IP, _IP_PKTINFO, source)], 0, peer)
+            except ConnectionError:
+                continue
+            except OSError:
+                return
+
+
+class Newcomers:
+    """UDP flows that begin all the time, one after the other, with a question each; for the length of the
+    ``with`` block. Then every one must have been answered."""
+
+    def __init__(self, namespace: Namespace, address: str, port: int, first_source_port: int) -> None:
+        self._namespace, self._address, self._port = namespace, address, port
+        self._next = first_source_port
+        self._stop = threading.Event()
+        self.answers: Counter[str] = Counter()
+        self._unanswered = 0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self.goes_on()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(PATIENCE_S)
+        if kind is None:
+            assert not self._unanswered, f"{self._unanswered} of {self.answers.total()} had no answer"
+
+    def goes_on(self, count: int = 20) -> None:
+        wanted = self.answers.total() + count
+        eventually(lambda: self.answers.total() >= wanted, "new flows are served")
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.0005):
+            with Datagrams(self._namespace, self._address, self._port, source_port=self._next) as flow:
+                flow.sock.settimeout(3)
+                try:
+                    self.answers[flow.who()] += 1
+                except OSError:
+                    self._unanswered += 1
+            self._next += 1
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ TCP and UDP of both versions of IP at each.
 """
 
 import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -189,10 +188,6 @@ class Site:
         found["flows"] = metric("xdp_flows_total", listener=name)
         for kind in ("followed", "too_big"):
             found[f"icmp_{kind}"] = metric("xdp_icmp_total", listener=name, kind=kind)
-        return found
-
-    def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.gateway.ask("/api/v1/status")[1])
         return found
 
     def eventually_healthy(self, *names: str, version: int = 4) -> None:

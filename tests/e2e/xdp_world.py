@@ -14,6 +14,7 @@ program as well; one that passes everything will do.
 import contextlib
 import ctypes
 import ipaddress
+import json
 import os
 import secrets
 import shutil
@@ -22,12 +23,13 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import pytest
 
 from expressgateway.l4.xdp.libbpf import DRIVER_MODE, Link, Program
-from tests.e2e.harness import Gateway
+from tests.e2e.fake_systemd import is_over
+from tests.e2e.harness import PATIENCE_S, Gateway, eventually
 from tests.namespaces import PATH, Namespace
 
 BPF_FS: Final = Path("/sys/fs/bpf")
@@ -209,6 +211,27 @@ class World:
         self.gateway.sysctl(ipv4__conf__all__forwarding=int(on), ipv6__conf__all__forwarding=int(on))
 
 
+class _Successor:
+    """A process that is not our child, as far as a gateway's has to be known."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        return 0 if is_over(self.pid) else None
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, patience_s: float = PATIENCE_S) -> int:
+        eventually(lambda: is_over(self.pid), "the process has ended", patience_s)
+        return 0
+
+
 class XdpGateway(Gateway):
     """A gateway in the world's namespace, with a place of its own below /sys/fs/bpf."""
 
@@ -229,6 +252,8 @@ class XdpGateway(Gateway):
         if interfaces:
             xdp += f"xdp_interface = [{', '.join(map(repr, interfaces))}]\nxdp_mode = '{mode}'\n"
         super().__init__(directory, config, workers=workers, runtime=xdp + runtime)
+        self._head += "max_label_cardinality = 100_000\n"
+        self.write(config)
 
     def __enter__(self) -> Self:
         with self.world.gateway.entered():
@@ -259,13 +284,30 @@ class XdpGateway(Gateway):
         return output
 
     def kill(self) -> None:
-        """The supervisor is gone at once, and says nothing to anybody."""
+        """The supervisor is gone at once, and says nothing to anybody; so are its workers."""
         workers = self.worker_pids()
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
         for pid in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        eventually(lambda: all(is_over(pid) for pid in workers), "its workers are gone")
+
+    def restart(self) -> None:
+        """After `kill`: another process, with the same configuration and the same pins."""
+        with self.world.gateway.entered():
+            super().__enter__()
+
+    def upgrade(self) -> None:
+        """Another process takes over from the one that runs, by SIGUSR2; until that one has ended."""
+        self.process.send_signal(signal.SIGUSR2)
+        assert self.process.wait(PATIENCE_S) == 0, self.log()
+        self.process = _Successor(self.status()["pid"])  # type: ignore[assignment]
+        eventually(lambda: self.status()["state"] == "serving", "its successor serves")
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.ask("/api/v1/status")[1])
+        return found
 
     def is_attached(self, device: str) -> bool:
         return "xdp" in self.world.gateway.show(f"link show {device}")
