@@ -166,10 +166,14 @@ def _reset(sock: socket.socket) -> None:
 
 
 def connected(
-    namespace: Namespace, address: str, port: int, source: tuple[str, int] | None = None
+    namespace: Namespace,
+    address: str,
+    port: int,
+    source: tuple[str, int] | None = None,
+    patience_s: float = PATIENCE_S,
 ) -> socket.socket:
     with namespace.entered():
-        return socket.create_connection((address, port), PATIENCE_S, source)
+        return socket.create_connection((address, port), patience_s, source)
 
 
 class Flow:
@@ -178,6 +182,7 @@ class Flow:
     def __init__(
         self, namespace: Namespace, address: str, port: int, *, source: tuple[str, int] | None = None
     ) -> None:
+        """``source``: the local address and port, 0 is any."""
         self.sock = connected(namespace, address, port, source)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._lines = self.sock.makefile("rb")
@@ -525,8 +530,8 @@ class Forger:
         tag = b"" if vlan is None else struct.pack("!HH", 0x8100, vlan)
         self._sock.send(self._head + tag + struct.pack("!H", ethertype) + packet)
 
-    def flood(self, destination: str, port: int, count: int) -> None:
+    def flood(self, destination: str, port: int, count: int, *, first: int = 0) -> None:
         """SYNs from as many senders, none of whom is there."""
-        for number in range(count):
+        for number in range(first, first + count):
             source = f"198.{18 + (number >> 16 & 1)}.{number >> 8 & 255}.{number & 255}"
             self.send(forged_syn(source, 1024 + number % 60000, destination, port))

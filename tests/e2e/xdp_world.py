@@ -243,11 +243,12 @@ class XdpGateway(Gateway):
         *,
         interfaces: tuple[str, ...] = ("lan", "front"),
         mode: str = "native",
+        pins: Path | None = None,
         workers: int = 1,
         runtime: str = "",
     ) -> None:
         self.world = world
-        self.pins = BPF_FS / f"eg-{secrets.token_hex(4)}"
+        self.pins = pins or BPF_FS / f"eg-{secrets.token_hex(4)}"
         xdp = f"xdp_enabled = true\nxdp_pin_path = '{self.pins}'\n"
         if interfaces:
             xdp += f"xdp_interface = [{', '.join(map(repr, interfaces))}]\nxdp_mode = '{mode}'\n"
