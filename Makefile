@@ -15,7 +15,7 @@ PACKAGES := nginx libnginx-mod-stream haproxy wrk nghttp2-client nghttp2-server 
 PARALLEL ?= -n 3 --dist loadfile
 
 # Where properties are tested: `make fuzz` tries each a hundred times as often as the suite does.
-FUZZED := tests/wire tests/config/test_fuzz.py tests/config/test_positions.py tests/demo/test_http.py
+FUZZED := tests/wire tests/config/test_fuzz.py tests/config/test_positions.py tests/demo/test_http.py tests/l4/xdp/test_properties.py tests/l4/xdp/test_server_ids.py
 
 .PHONY: run test lint types check dist bpf bench soak outage rolling fuzz format system clean
 

@@ -13,7 +13,7 @@ import dataclasses
 import struct
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 ETH_IP, ETH_IPV6, ETH_VLAN, ETH_QINQ, ETH_ARP = 0x0800, 0x86DD, 0x8100, 0x88A8, 0x0806
 ICMP, IPIP, TCP, UDP, IPV6, ICMPV6 = 1, 4, 6, 17, 41, 58
@@ -320,3 +320,59 @@ def _ip_faults(data: bytes, version: int) -> list[str]:
     if protocol == ICMPV6 and summed(head + payload) != 0xFFFF:
         found.append("ICMPv6's checksum")
     return found
+
+
+class Addressed(NamedTuple):
+    """Whose packet it is: what a host would deliver it by."""
+
+    source: bytes
+    destination: bytes
+    protocol: int
+    ports: tuple[int, int]
+    """0, 0 of ICMP."""
+    ttl: int
+    tcp_flags: int
+    length: int
+
+
+def addressed(frame: bytes) -> Addressed | None:
+    """None unless it is one whole packet of TCP, UDP or ICMP, with a VLAN and four extension headers at most."""
+    at, kind = 14, int.from_bytes(frame[12:14], "big")
+    if kind in (ETH_VLAN, ETH_QINQ) and len(frame) >= 18:
+        at, kind = 18, int.from_bytes(frame[16:18], "big")
+    data = frame[at:]
+    if kind == ETH_IP and len(data) >= 20 and data[0] >> 4 == 4:
+        size, length, protocol, ttl = (data[0] & 15) * 4, int.from_bytes(data[2:4], "big"), data[9], data[8]
+        is_fragment = int.from_bytes(data[6:8], "big") & 0x3FFF
+        if size < 20 or not size <= length <= len(data) or is_fragment:
+            return None
+        source, destination = data[12:16], data[16:20]
+    elif kind == ETH_IPV6 and len(data) >= 40 and data[0] >> 4 == 6:
+        size, length, protocol, ttl = 40, 40 + int.from_bytes(data[4:6], "big"), data[6], data[7]
+        if length > len(data):
+            return None
+        for _ in range(4):
+            if protocol not in (HOP_BY_HOP, ROUTING, DESTINATION):
+                break
+            if len(data) < size + 4 or (protocol == ROUTING and data[size + 3]):
+                return None
+            protocol, size = data[size], size + 8 + 8 * data[size + 1]
+            if size + at > 0x1FF:
+                return None
+        source, destination = data[8:24], data[24:40]
+    else:
+        return None
+    payload = data[size:length] if size <= length else b""
+    ports = struct.unpack("!HH", payload[:4]) if len(payload) >= 4 else (0, 0)
+    if protocol == TCP:
+        words = payload[12] >> 4 if len(payload) >= 20 else 0
+        if words < 5 or words * 4 > len(payload):
+            return None
+        return Addressed(source, destination, protocol, ports, ttl, payload[13], length)
+    if protocol == UDP:
+        if len(payload) < 8 or not 8 <= int.from_bytes(payload[4:6], "big") <= len(payload):
+            return None
+        return Addressed(source, destination, protocol, ports, ttl, 0, length)
+    if protocol == (ICMP if kind == ETH_IP else ICMPV6) and len(payload) >= 8:
+        return Addressed(source, destination, protocol, (0, 0), ttl, 0, length)
+    return None

@@ -525,7 +525,7 @@ class TestSweep:
         stage(world, family)
         begin(world, family)
         (key, _), _ = world.flows(family.version)
-        world.maps[f"flows{family.version}"].delete(bytes(key))
+        world.maps[f"flows{family.version}"].delete(layout.key_of(key))
         world.sweep()
         assert len(world.flows(family.version)) == 1
         world.age(11)

@@ -245,6 +245,11 @@ class TestOthers:
         """A backend cannot complain of what it has sent itself."""
         self.passed(world, back_link(family).icmp(*error(family, 0)).raw(quote(tcp_answer(family))))
 
+    def test_errors_that_are_sent_to_somebody_else(self, world: World, family: Family) -> None:
+        """Whose packet it is that they quote, he would have been sent them."""
+        packet = back_link(family).but(ip={"destination": family.backend(2)})
+        self.passed(world, packet.icmp(*error(family, 0)).raw(quote(sent_to_backend(family))))
+
     def test_errors_about_other_protocols(self, world: World, family: Family) -> None:
         other = sent_to_backend(family).but(ip={"protocol": 132})
         self.passed(world, back_link(family).icmp(*error(family, 0)).raw(quote(other)))

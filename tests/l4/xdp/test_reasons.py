@@ -57,7 +57,8 @@ def redirect_flow(world: World, family: Family, address: str) -> None:
     """As if the route had changed under it."""
     (key, flow), _ = world.flows(family.version)
     flow.to.destination = layout.address_of(address)
-    world.maps[f"flows{family.version}"].set(bytes(key), bytes(flow))
+    flow.hop.until_ns = 0
+    world.put_flow(key, flow)
 
 
 def taken(world: World, family: Family) -> None:

@@ -219,7 +219,8 @@ class World:
                 self.maps[name].set(_u32(number), zero)
         for number in range(16):
             self.maps["backends"].set(_u32(number), bytes(layout.Backend()))
-        self.maps["rates"].set(_u32(0), bytes(16 * possible_cpus()))
+        for name in ("rates", "works"):
+            self.maps[name].set(_u32(0), bytes(_stride(self.maps[name]) * possible_cpus()))
         self.set(
             tcp_idle_ns=300 * 10**9,
             udp_idle_ns=60 * 10**9,
@@ -335,14 +336,21 @@ class World:
         """Of the one flow: the entry to the backend, and in `nat` the one to the client."""
         return [flow.flags for _, flow in self.flows(version)]
 
+    def put_flow(self, key: layout.Tuple, flow: layout.Flow) -> None:
+        short = layout.key_of(key)
+        self.maps["flows4" if len(short) == ctypes.sizeof(layout.Tuple4) else "flows6"].set(
+            short, bytes(flow)
+        )
+
     def age(self, seconds: float) -> None:
-        """Let every flow have been seen that much longer ago."""
+        """Let every flow have been seen that much longer ago, and its next hop been asked for."""
         for name in ("flows4", "flows6"):
             for key in list(self.maps[name].keys()):
                 value = self.maps[name].get(key)
                 if value is not None:  # a full map makes room for what is set
                     flow = layout.Flow.from_buffer_copy(value)
                     flow.seen_ns -= int(seconds * 1e9)
+                    flow.hop.until_ns = 0
                     self.maps[name].set(key, bytes(flow))
 
     def sweep(self) -> layout.Sweep:

@@ -132,6 +132,9 @@ static __noinline int follow(struct xdp_md *ctx, struct work *work, const struct
 	__builtin_memset(&work->quoted, 0, sizeof(work->quoted));
 	if (!read_quote(data, end, packet, &quote))
 		return ended(0, PASS_NOT_UNDERSTOOD);
+	/* Whom it is sent to has sent what it quotes: else it is not for us, or somebody made it up. */
+	if (!is_same(&packet->tuple.destination, &work->quoted.source))
+		return ended(0, PASS_NOT_UNDERSTOOD);
 	/* The packet it quotes went the other way. */
 	turn(&work->twin, &work->quoted);
 	flow = find(&work->twin, packet->is_v6);
