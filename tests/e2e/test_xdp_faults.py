@@ -63,7 +63,7 @@ def test_a_flood_of_syns_beside_good_clients(site: Site, way: Way) -> None:
 
         # The rest found the queue of a wire full.
         eventually(lambda: over_cap() >= FLOODS * FLOOD / 4, "SYNs are above the cap")
-        seconds = time.monotonic() - began + 1
+        seconds = time.monotonic() - began + 2  # of the clock: the first and the last are not whole
         assert metric("xdp_flows_total") - before <= seconds * CAP * (os.cpu_count() or 1)
     eventually(lambda: metric("xdp_flow_entries", family="ipv4") < 100, "SYNs with no answer are forgotten")
 
