@@ -336,7 +336,7 @@ class Addressed(NamedTuple):
 
 
 def addressed(frame: bytes) -> Addressed | None:
-    """None unless it is one whole packet of TCP, UDP or ICMP, with a VLAN and four extension headers at most."""
+    """None unless it is one whole packet of TCP, UDP or ICMP; one VLAN and four extension headers at most."""
     at, kind = 14, int.from_bytes(frame[12:14], "big")
     if kind in (ETH_VLAN, ETH_QINQ) and len(frame) >= 18:
         at, kind = 18, int.from_bytes(frame[16:18], "big")

@@ -45,6 +45,7 @@ __all__ = [
     "BpfError",
     "Link",
     "Map",
+    "MapShape",
     "Object",
     "Program",
     "ProgramInfo",
@@ -328,6 +329,14 @@ class Link:
         self.fd = _close(self.fd)
 
 
+class MapShape(NamedTuple):
+    """Of a map that has not been made yet."""
+
+    key_size: int
+    value_size: int
+    max_entries: int
+
+
 class Struct(NamedTuple):
     """A struct as its compiler laid it out, in bytes."""
 
@@ -392,6 +401,17 @@ class Object:
         btf = lib.bpf_object__btf(self._pointer)
         for number in range(1, lib.btf__type_cnt(btf) if btf else 0):
             _add_type(btf, number, found)
+        return found
+
+    def map_shapes(self) -> dict[str, MapShape]:
+        """As the file has them before `load`."""
+        lib, found = library(), {}
+        each = lib.bpf_object__next_map(self._pointer, None)
+        while each:
+            found[lib.bpf_map__name(each).decode()] = MapShape(
+                lib.bpf_map__key_size(each), lib.bpf_map__value_size(each), lib.bpf_map__max_entries(each)
+            )
+            each = lib.bpf_object__next_map(self._pointer, each)
         return found
 
     def instructions(self) -> dict[str, bytes]:
