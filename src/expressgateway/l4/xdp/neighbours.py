@@ -1,12 +1,11 @@
 """Keeping next hops resolved.
 
-The program asks the kernel for the MAC address of a next hop and cannot have it looked up: a packet for one that
-is not known is not forwarded. Nor does the kernel notice that a neighbour is in use, for it does not send what
-the program sends. So somebody asks in its place, every few seconds: rtnetlink's RTM_NEWNEIGH with NTF_USE is to
-a neighbour what a packet to it would be.
+The program asks the kernel for the MAC address of a next hop and cannot have it looked up: a packet for one
+that is not known is not forwarded. Nor does the kernel notice that a neighbour is in use, for it does not
+send what the program sends. So somebody asks in its place, every few seconds: rtnetlink's RTM_NEWNEIGH with
+NTF_USE is to a neighbour what a packet to it would be.
 """
 
-import errno
 import socket
 import struct
 from collections.abc import Iterable
@@ -22,6 +21,8 @@ _ERROR: Final = 2  # NLMSG_ERROR
 _NEW_ROUTE: Final = 24
 _GET_ROUTE: Final = 26
 _NEW_NEIGHBOUR: Final = 28
+_GET_NEIGHBOUR: Final = 30
+_STATIC: Final = 0x80 | 0x40  # NUD_PERMANENT, NUD_NOARP
 _USE: Final = 1  # NTF_USE
 _DST: Final = 1  # RTA_DST, NDA_DST
 _OIF: Final = 4
@@ -82,6 +83,12 @@ class Neighbours:
     def _use(self, hop: Hop) -> None:
         raw, ifindex = hop
         family = socket.AF_INET if len(raw) == 4 else socket.AF_INET6
+        asked = _NEIGHBOUR_MESSAGE.pack(family, 0, ifindex, 0, 0, 0) + _attribute(_DST, raw)
+        known = self._ask(_GET_NEIGHBOUR, _REQUEST, asked)
+        if known is not None and known[0] == _NEW_NEIGHBOUR:
+            *_, state, _, _ = _NEIGHBOUR_MESSAGE.unpack_from(known[1])
+            if state & _STATIC:  # an operator's: to use it in this way would make it one like any other
+                return
         message = _NEIGHBOUR_MESSAGE.pack(family, 0, ifindex, 0, _USE, 0)
         self._ask(_NEW_NEIGHBOUR, _REQUEST | _ACK | _CREATE, message + _attribute(_DST, raw))
 
@@ -96,9 +103,7 @@ class Neighbours:
                 length, kind, _, sequence, _ = _HEADER.unpack_from(data)
                 if sequence == self._sequence:
                     return kind, data[_HEADER.size : length]
-        except OSError as error:
-            if error.errno in (errno.EBADF, None):
-                return None
+        except OSError:
             return None
 
     def close(self) -> None:
