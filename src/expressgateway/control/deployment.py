@@ -220,7 +220,7 @@ class Deployment:
         prepared = self.book.prepare(config, count)
         try:
             await self.upstreams.prepare(loaded)
-            await self.xdp.prepare(config)
+            await self.xdp.prepare(config, is_read=pools is None)
             snapshot = self._snapshot(loaded, prepared, pools)
             if plan.rolls_workers:
                 launch = Launch(self.seats, identity, self._command)

@@ -16,6 +16,8 @@ from expressgateway.control.admin.scrapes import Scrapes
 from expressgateway.control.changes import Change, ChangeError
 from expressgateway.control.phase import Phase
 from expressgateway.control.reload import Check, FromFile, Outcome, Renewal
+from expressgateway.control.xdp_shown import shown_flow, shown_xdp
+from expressgateway.l4.xdp.faults import XdpError
 from expressgateway.observe import logs
 from expressgateway.observe.counters import Sample
 
@@ -82,6 +84,30 @@ class Front:
 
     async def connections(self, limit: int) -> shapes.Connections:
         return await shown.connections(self._of.deployment, limit)
+
+    async def xdp(self) -> shapes.Xdp:
+        deployment = self._of.deployment
+        if deployment is None:
+            raise ChangeError(503, "the gateway is starting")
+        await deployment.xdp.refresh()
+        return shown_xdp(deployment.xdp, deployment.config)
+
+    async def xdp_flows(self, limit: int) -> shapes.XdpFlows:
+        deployment = self._of.deployment
+        if deployment is None:
+            raise ChangeError(503, "the gateway is starting")
+        try:
+            listed = await deployment.xdp.seen_flows(limit)
+        except XdpError as error:
+            raise ChangeError(503, f"the flows cannot be read now: {error}") from None
+        except TimeoutError:
+            raise ChangeError(503, "the flows cannot be read in time") from None
+        total = max(deployment.xdp.flows, len(listed))
+        return {"flows": [shown_flow(flow) for flow in listed], "total": total}
+
+    async def detach_xdp(self) -> bool:
+        deployment = self._of.deployment
+        return deployment is not None and await deployment.xdp.detach()
 
     def pools(self) -> list[dict[str, Any]]:
         return shown.pools(self._of.deployment)

@@ -360,7 +360,7 @@ class Supervisor:
         for warning in loaded.warnings:
             log.warning("%s", warning.text())
         difference = plan(deployment.loaded, loaded)
-        if difference.is_empty:
+        if difference.is_empty and not deployment.xdp.is_detached:
             self._made.clear()
             if isinstance(deployment.loaded, Changed):  # the file says now what had been changed while it ran
                 deployment.loaded = loaded

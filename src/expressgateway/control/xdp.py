@@ -1,11 +1,12 @@
 """The XDP data plane in the supervisor: it follows the configuration, discovery and health as workers do.
 
 `Xdp` owns the `DataPlane` and the one thread that everything about it is done on. What it can be asked for
-comes in two steps, as for workers: `prepare` does what may be refused (loading, attaching), `adopt` what then
-follows. In between and afterwards it wakes up when somebody's health or address has changed, and once a second,
-to look after interfaces, neighbours and flows.
+comes in two steps, as for workers: `prepare` does what may be refused (loading, attaching), `adopt` what
+then follows. In between and afterwards it wakes up when somebody's health or address has changed, and once
+a second, to look after interfaces, neighbours and flows.
 
-The program outlives this process where that is not stopped in order: a new one takes it over, with its flows.
+The program outlives this process where that is not stopped in order: a new one takes it over, with its
+flows.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ from expressgateway.l4.xdp.devices import forwarding_off, ifindex_of
 from expressgateway.l4.xdp.faults import XdpError, no_forwarding, no_interface
 from expressgateway.l4.xdp.plane import DataPlane
 from expressgateway.l4.xdp.seen import Counted, FlowSeen
-from expressgateway.l4.xdp.wanted import Wanted
+from expressgateway.l4.xdp.wanted import Wanted, WantedVip
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class Xdp:
         """In force; None: not yet."""
         self._is_held = False
         self._is_closing = False
+        self.is_detached = False
+        """An operator has taken it away, until the next configuration that is read from the file."""
         self._retires_at = 0.0
         """It is turned off, and goes when its flows do, or then; 0: it is not."""
         self._said = ""
@@ -72,6 +75,25 @@ class Xdp:
     @property
     def is_on(self) -> bool:
         return self._plane is not None
+
+    @property
+    def is_leaving(self) -> bool:
+        """Turned off, while flows may end."""
+        return bool(self._retires_at)
+
+    @property
+    def vips(self) -> tuple[WantedVip, ...]:
+        return self._plane.wanted.vips if self._plane is not None else ()
+
+    def open_backends(self, vip: WantedVip) -> int:
+        """How many get new flows of a VIP."""
+        pool = self._plane.wanted.pools.get(vip.pool) if self._plane is not None else None
+        left_out = {(one["pool"], one["backend"]) for one in (self._status or {}).get("left_out", ())}
+        return sum(
+            each.is_open and each.is_alive and vip.fits(each) and (pool.name, each.id) not in left_out
+            for each in (pool.backends if pool is not None else ())
+            if pool is not None
+        )
 
     @property
     def pin_path(self) -> str | None:
@@ -92,14 +114,20 @@ class Xdp:
 
     # -- configurations
 
-    async def prepare(self, config: Config) -> None:
-        """Do what may be refused of a configuration. Raises `StartError`; then all is as it was."""
+    async def prepare(self, config: Config, *, is_read: bool = True) -> None:
+        """Do what may be refused of a configuration. Raises `StartError`; then all is as it was.
+
+        `is_read`: it comes from the file, and so an operator's word that the program be detached is over."""
+        if self.is_detached and not is_read:
+            return
         if not config.runtime.xdp_enabled:
+            self.is_detached = False
             return
         try:
             await self._call(self._prepare, config)
         except XdpError as error:
             raise StartError(f"XDP: {error}") from None
+        self.is_detached = False
         self._status = await self._call(self._look)
 
     def _prepare(self, config: Config) -> None:
@@ -159,7 +187,7 @@ class Xdp:
     async def restore(self, config: Config) -> None:
         """The configuration that `prepare` was for is not taken into use: this one still is in force."""
         try:
-            await self.prepare(config)
+            await self.prepare(config, is_read=False)
         except StartError as error:
             self._say(str(error))
         await self.adopt(config)
@@ -232,6 +260,8 @@ class Xdp:
 
     def _work(self, plane: DataPlane, ticks: int) -> bool:
         """Whether what is wanted is to be written again."""
+        if plane is not self._plane:
+            return False
         is_due = plane.watch() or plane.is_ramping
         plane.expire()
         if ticks % _NEIGHBOUR_TICKS == 1:
@@ -240,6 +270,8 @@ class Xdp:
         return is_due
 
     def _count(self, plane: DataPlane, *, sweeps: bool) -> None:
+        if plane is not self._plane:
+            return  # it was given up meanwhile
         if sweeps:
             plane.sweep()
         self.counted = counted = plane.counts()
@@ -307,6 +339,14 @@ class Xdp:
             await asyncio.sleep(min(_DRAIN_LOOK_S, max(0.0, ends - time.monotonic())))
         if self.flows:
             log.warning("%d flows were still open in the kernel", self.flows)
+
+    async def detach(self) -> bool:
+        """Take the program away until the file is read again. False: there is none."""
+        if self._plane is None:
+            return False
+        self.is_detached = True
+        await self.end()
+        return True
 
     async def end(self) -> None:
         """Take the program away. Idempotent."""

@@ -1,7 +1,7 @@
 """Where the program is attached: one link for each interface, with a name of its own.
 
-A link that was pinned by a process before this one is taken over with another program in it, so no packet meets
-none. An interface may go and come back while we run: `watch` sees both.
+A link that was pinned by a process before this one is taken over with another program in it, so no packet
+meets none. An interface may go and come back while we run: `watch` sees both.
 """
 
 import errno

@@ -30,19 +30,22 @@ def missing_capabilities() -> list[str]:
     return missing
 
 
+def check_capabilities() -> None:
+    """Raises `XdpError`."""
+    if missing := missing_capabilities():
+        raise XdpError(
+            f"the gateway lacks {' and '.join(missing)}, and without the kernel takes no XDP program: run it "
+            "as root, or with systemd add AmbientCapabilities=CAP_BPF CAP_NET_ADMIN (docs/xdp.md); or turn "
+            "runtime.xdp_enabled off"
+        )
+
+
 def refused(error: BpfError) -> XdpError:
     """What the kernel said to something other than attaching."""
-    if error.errno in (errno.EPERM, errno.EACCES) and (missing := missing_capabilities()):
-        names = " and ".join(missing)
-        return XdpError(
-            f"the kernel allows no XDP program here: the gateway lacks {names}; with systemd add "
-            "AmbientCapabilities=CAP_BPF CAP_NET_ADMIN (see docs/xdp.md), or turn runtime.xdp_enabled off"
-        )
     if error.errno == errno.EPERM:
         return XdpError(
-            f"{error}; it is forbidden in spite of the gateway's capabilities: by the kernel (lockdown, "
-            "sysctl kernel.unprivileged_bpf_disabled does not matter) or by what the gateway runs in (a "
-            "container, a seccomp filter)"
+            f"{error}; the gateway has the capabilities that this takes, so it is forbidden by the kernel "
+            "(lockdown) or by what the gateway runs in (a container, a seccomp filter)"
         )
     if error.errno == errno.ENOSYS:
         return XdpError("this kernel has no BPF (CONFIG_BPF_SYSCALL): turn runtime.xdp_enabled off")
@@ -54,8 +57,8 @@ def not_attached(error: BpfError, interface: str, ifindex: int, mode: str) -> Xd
     if error.errno in (errno.EBUSY, errno.EEXIST) and (others := _others(ifindex)):
         return XdpError(
             f"the interface {interface} has another XDP program already: {others}; if it is not needed "
-            f"detach it (`ip link set dev {interface} xdp off`; `bpftool link show` lists one that is held by "
-            "a link, `expressgateway xdp detach` removes another gateway's), or name another interface"
+            f"detach it (`ip link set dev {interface} xdp off`; `bpftool link show` lists one that is held "
+            "by a link, `expressgateway xdp detach` removes another gateway's), or name another interface"
         )
     if error.errno in (errno.EOPNOTSUPP, errno.EINVAL) and mode in ("native", "hw"):
         why = f": {error.said[-1]}" if error.said else ""
@@ -93,6 +96,6 @@ def no_interface(interface: str) -> XdpError:
 def no_forwarding(keys: Iterable[str]) -> XdpError:
     settings = " ".join(f"{key}=1" for key in keys)
     return XdpError(
-        "the kernel tells no next hop where forwarding is off, so nothing could be forwarded: turn it on with "
-        f"`sysctl -w {settings}`, and in /etc/sysctl.d/ for the next boot"
+        "the kernel tells no next hop where forwarding is off, so nothing could be forwarded: turn it on "
+        f"with `sysctl -w {settings}`, and in /etc/sysctl.d/ for the next boot"
     )

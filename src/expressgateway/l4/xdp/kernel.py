@@ -1,8 +1,9 @@
 """The program and its maps in the kernel, and their names on the BPF file system.
 
-Introduces `Kernel`. What is pinned below a directory outlives us: maps in one named after their layout, so that
-another version of the program takes over those that it understands and leaves the others; links beside it,
-for a link may hold any program. `load` *adopts* what is there: a new program, the old maps, the flows kept.
+Introduces `Kernel`. What is pinned below a directory outlives us: maps in one named after their layout, so
+that another version of the program takes over those that it understands and leaves the others; links beside
+it, for a link may hold any program. `load` *adopts* what is there: a new program, the old maps, the flows
+kept.
 """
 
 import contextlib

@@ -1,10 +1,10 @@
 """Which backend has which number.
 
-The program knows backends by numbers, flows remember them, and tables are made of them: so a number stays with
-its backend, which is one id of one pool at one address. What leaves keeps its number, and its flows, for a
-while; a number that is given to somebody else comes with another *generation*, by which flows tell that the
-backend they knew is gone. All of it is in two maps, so that a process that takes over knows what this one knew:
-`backends`, and `names` with a digest of whose each number is.
+The program knows backends by numbers, flows remember them, and tables are made of them: so a number stays
+with its backend, which is one id of one pool at one address. What leaves keeps its number, and its flows,
+for a while; a number that is given to somebody else comes with another *generation*, by which flows tell
+that the backend they knew is gone. All of it is in two maps, so that a process that takes over knows what
+this one knew: `backends`, and `names` with a digest of whose each number is.
 """
 
 import struct
@@ -103,7 +103,8 @@ class Numbers:
     def leave_others(
         self, wanted: set[int], drains_s: dict[str, float], drain_s: float, now_s: float
     ) -> None:
-        """Those that are not among `wanted` leave: after their pool's time, or `drain_s` if it is not known."""
+        """Those that are not among `wanted` leave: after their pool's time, or `drain_s` if that is not
+        known."""
         for holder in self._holders.values():
             if holder.number not in wanted and holder.leaves_at_s is None:
                 pool = holder.key[0] if holder.key is not None else ""

@@ -1,12 +1,12 @@
 """The data plane, as the supervisor has it: what is wanted goes in, what is happening comes out.
 
-`DataPlane` keeps the kernel's maps as a `Wanted` says, by writing what differs. Nothing here waits for packets;
-everything may take a while (a table of 65537 entries is made in a tenth of a second, system calls beside it),
-so all of it is called on a thread of its own, one call after the other.
+`DataPlane` keeps the kernel's maps as a `Wanted` says, by writing what differs. Nothing here waits for
+packets; everything may take a while (a table of 65537 entries is made in a tenth of a second, system calls
+beside it), so all of it is called on a thread of its own, one call after the other.
 
 What a change means for packets: a table is made aside and takes the old one's place in one step. A backend
-gets its number before a table names it, and keeps it - and its flows - for its pool's drain timeout after none
-does. A VIP's entry is written last, and removed first.
+gets its number before a table names it, and keeps it - and its flows - for its pool's drain timeout after
+none does. A VIP's entry is written last, and removed first.
 """
 
 import logging
@@ -21,7 +21,7 @@ from expressgateway.l4.xdp import bpffs
 from expressgateway.l4.xdp.attachments import Attachments
 from expressgateway.l4.xdp.denied import Denied
 from expressgateway.l4.xdp.devices import forwarding_off, ifindex_of, routers, source_towards
-from expressgateway.l4.xdp.faults import XdpError, no_forwarding, no_interface, refused
+from expressgateway.l4.xdp.faults import XdpError, check_capabilities, no_forwarding, no_interface, refused
 from expressgateway.l4.xdp.kernel import FLOWS, Kernel, load
 from expressgateway.l4.xdp.layout import (
     MAX_VIPS,
@@ -139,6 +139,7 @@ class DataPlane:
     ) -> "DataPlane":
         """Load and attach the program, or take over what is pinned. `takes_over`: from a process that still
         runs. Raises `XdpError`; then nothing is attached that was not before."""
+        check_capabilities()
         for name in interfaces:
             if not ifindex_of(name):
                 raise no_interface(name)

@@ -1,9 +1,10 @@
 """Maglev's tables for the kernel: which backend's number each slot has.
 
-A table is made of *all* backends with a weight, as user space makes it (`upstream/selection/maglev.py`), so that
-health moves nobody but the clients of the backends concerned. Over it goes who may have new flows now: a slot
-of one that may not goes to the owner of the next slot whose owner may, as a pick in user space does; and in
-slow start a backend has the slots whose number's hash lies below its share so far, so that it only ever gains.
+A table is made of *all* backends with a weight, as user space makes it (`upstream/selection/maglev.py`), so
+that health moves nobody but the clients of the backends concerned. Over it goes who may have new flows now:
+a slot of one that may not goes to the owner of the next slot whose owner may, as a pick in user space does;
+and in slow start a backend has the slots whose number's hash lies below its share so far, so that it only
+ever gains.
 """
 
 import time
