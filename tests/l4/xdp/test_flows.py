@@ -25,7 +25,7 @@ from tests.l4.xdp.scene import (
 )
 from tests.l4.xdp.world import BACKEND_PORT, BACKENDS, DROP, PASS, PORT, REDIRECT, V4, VIP_PORT, Family, World
 
-F_SYN, F_FIN, F_TWIN_FIN = FlowFlag.FLOW_SYN, FlowFlag.FLOW_FIN, FlowFlag.FLOW_TWIN_FIN
+F_OPENING, F_FIN, F_TWIN_FIN = FlowFlag.FLOW_OPENING, FlowFlag.FLOW_FIN, FlowFlag.FLOW_TWIN_FIN
 F_RST = FlowFlag.FLOW_RST
 
 PROTOCOLS = pytest.mark.parametrize("protocol", [TCP, UDP], ids=["TCP", "UDP"])
@@ -74,7 +74,7 @@ class TestEntries:
         assert bytes(turned(from_.to)) == bytes(to_key)
         for flow in (to, from_):
             assert (flow.vip, flow.backend, flow.generation, flow.forwarding) == (1, 1, 1, NAT)
-            assert flow.flags == (F_SYN if protocol == TCP else 0)
+            assert flow.flags == F_OPENING
 
     @pytest.mark.parametrize("forwarding", [DSR, ENCAPSULATED])
     def test_in_dsr_there_is_one(self, world: World, family: Family, forwarding: Forwarding) -> None:
@@ -260,7 +260,7 @@ class TestEnding:
         stage(world, family)
         begin(world, family)
         world.answer(tcp_answer(family, SYN | ACK))
-        assert world.flags(family.version) == [F_SYN, F_SYN]
+        assert world.flags(family.version) == [F_OPENING, F_OPENING]
         world.send(tcp(family, ACK))
         world.answer(tcp_answer(family, ACK))
         assert world.flags(family.version) == [0, 0]
@@ -302,7 +302,7 @@ class TestEnding:
         stage(world, family, forwarding)
         begin(world, family)
         world.send(tcp(family, flags))
-        assert world.flags(family.version)[0] & ~F_SYN in (F_FIN | F_TWIN_FIN, F_RST, F_RST | F_TWIN_FIN)
+        assert world.flags(family.version)[0] & ~F_OPENING in (F_FIN | F_TWIN_FIN, F_RST, F_RST | F_TWIN_FIN)
 
     @WAYS
     @pytest.mark.parametrize("by", ["FIN", "RST"])
@@ -319,7 +319,7 @@ class TestEnding:
         packet = tcp(family)
         assert world.send(packet) == (REDIRECT, bytes(to_backend(packet, family, forwarding, number=2)))
         assert {flow.backend for _, flow in world.flows(family.version)} == {2}
-        assert set(world.flags(family.version)) == {F_SYN}
+        assert set(world.flags(family.version)) == {F_OPENING}
 
     def test_half_an_end_is_none(self, world: World, family: Family) -> None:
         stage(world, family)
@@ -464,6 +464,71 @@ class TestDrawing:
         assert 0.20 < drawn.count(2) / len(drawn) < 0.30
 
 
+class TestOpening:
+    """A flow begins in a table of its own, and leaves it with the next packet of its client."""
+
+    @PROTOCOLS
+    @WAYS
+    def test_a_client_that_goes_on_moves_its_flow(
+        self, world: World, family: Family, forwarding: Forwarding, protocol: int
+    ) -> None:
+        stage(world, family, forwarding)
+        entries = 2 if forwarding is NAT else 1
+        begin(world, family, protocol)
+        assert world.sizes(family.version) == (0, entries)
+        swept = world.sweep()
+        assert (swept.flows4 + swept.flows6, swept.opening) == (1, 1)
+        before = [bytes(flow.to) for _, flow in world.flows(family.version)]
+        world.send(later(family, protocol))
+        assert world.sizes(family.version) == (entries, 0)
+        assert [bytes(flow.to) for _, flow in world.flows(family.version)] == before
+        assert [flags & F_OPENING for flags in world.flags(family.version)] == [0] * entries
+        assert world.sweep().opening == 0
+
+    def test_a_syn_again_and_an_answer_do_not(self, world: World, family: Family) -> None:
+        stage(world, family)
+        begin(world, family)
+        world.answer(tcp_answer(family, SYN | ACK))
+        world.send(tcp(family))
+        assert world.sizes(family.version) == (0, 2)
+        assert world.counts().flows == 1
+
+    @PROTOCOLS
+    @WAYS
+    def test_a_flood_of_first_packets_pushes_out_nobody_else(
+        self, world: World, family: Family, forwarding: Forwarding, protocol: int
+    ) -> None:
+        stage(world, family, forwarding)
+        world.set(first_port=1024, last_port=65535)
+        begin(world, family, protocol)
+        world.send(later(family, protocol))
+        entries = world.sizes(family.version)[0]
+        for number in range(4000):
+            made = first(family, protocol, client=client(family, number % 5000), port=1024 + number)
+            assert world.send(made).verdict == REDIRECT
+        assert world.sizes(family.version)[0] == entries
+        assert world.send(later(family, protocol)).verdict == REDIRECT
+        assert world.counts().flows == 4001
+
+    def test_half_of_it_lost_is_all_of_it(self, world: World, family: Family) -> None:
+        """Answers would not find back: the kernel refuses the connection in our place."""
+        stage(world, family)
+        begin(world, family)
+        _, answers = world.flows(family.version)
+        world.lose(*answers)
+        assert world.send(tcp(family, ACK)).verdict == PASS
+        assert world.reasons() == {Reason.PASS_NO_FLOW: 1}
+        assert world.flows(family.version) == []
+
+    def test_a_port_of_a_flow_that_goes_on_is_not_given_again(self, world: World, family: Family) -> None:
+        stage(world, family)
+        world.set(first_port=20000, last_port=20000)
+        begin(world, family)
+        world.send(tcp(family, ACK))
+        assert world.send(tcp(family, port=CLIENT_PORT + 1)).verdict == PASS
+        assert world.reasons() == {Reason.PASS_NO_PORT: 1}
+
+
 class TestSweep:
     @WAYS
     @PROTOCOLS
@@ -524,8 +589,8 @@ class TestSweep:
     def test_an_entry_for_answers_whose_flow_was_pushed_out_goes(self, world: World, family: Family) -> None:
         stage(world, family)
         begin(world, family)
-        (key, _), _ = world.flows(family.version)
-        world.maps[f"flows{family.version}"].delete(layout.key_of(key))
+        one, _ = world.flows(family.version)
+        world.lose(*one)
         world.sweep()
         assert len(world.flows(family.version)) == 1
         world.age(11)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 from expressgateway.l4.xdp import layout
-from expressgateway.l4.xdp.layout import Forwarding, Reason
+from expressgateway.l4.xdp.layout import FlowFlag, Forwarding, Reason
 from expressgateway.l4.xdp.libbpf import INNER_MAP, Map, Object, create_array, possible_cpus
 from tests.l4.xdp.packets import TCP, UDP, Packet, mac
 
@@ -42,6 +42,8 @@ _CLONE_NEWNET: Final = 0x40000000
 _SIZE: Final = 251
 """Of a table. A prime, as tables are."""
 _FLOWS: Final = 2048
+FLOWS: Final = ("flows4", "flows6", "opening4", "opening6")
+FLOWS: Final = ("flows4", "flows6", "opening4", "opening6")
 PORT: Final = 40000
 """The only one that flows are given, unless a test says otherwise: so it is known beforehand."""
 VIP_PORT, BACKEND_PORT = 80, 8080
@@ -191,7 +193,7 @@ class World:
         self.namespace = namespace
         with Object.open(path) as loaded:
             layout.check(loaded)
-            for name in ("flows4", "flows6"):
+            for name in FLOWS:
                 loaded.resize(name, _FLOWS)
             loaded.load()
             self.maps, self.programs = loaded.maps, loaded.programs
@@ -210,7 +212,7 @@ class World:
 
     def reset(self) -> None:
         """No flow, count, VIP nor backend; the ports, and settings that tests begin with."""
-        for name in ("vips", "flows4", "flows6", "server_ids", "ports", "denied4", "denied6"):
+        for name in ("vips", *FLOWS, "server_ids", "ports", "denied4", "denied6"):
             for key in list(self.maps[name].keys()):
                 self.maps[name].delete(key)
         for name in ("vip_counts", "backend_counts"):
@@ -324,12 +326,13 @@ class World:
         return {reason: counted[reason] for reason in Reason if counted[reason]}
 
     def flows(self, version: int = 4) -> list[tuple[layout.Tuple, layout.Flow]]:
-        flows = self.maps[f"flows{version}"]
+        """Those that go on, and those that begin."""
         found = []
-        for key in list(flows.keys()):
-            value = flows.get(key)
-            if value is not None:
-                found.append((layout.tuple_of(key), layout.Flow.from_buffer_copy(value)))
+        for flows in (self.maps[f"flows{version}"], self.maps[f"opening{version}"]):
+            for key in list(flows.keys()):
+                value = flows.get(key)
+                if value is not None:
+                    found.append((layout.tuple_of(key), layout.Flow.from_buffer_copy(value)))
         return sorted(found, key=lambda entry: entry[1].direction)
 
     def flags(self, version: int = 4) -> list[int]:
@@ -337,14 +340,26 @@ class World:
         return [flow.flags for _, flow in self.flows(version)]
 
     def put_flow(self, key: layout.Tuple, flow: layout.Flow) -> None:
-        short = layout.key_of(key)
-        self.maps["flows4" if len(short) == ctypes.sizeof(layout.Tuple4) else "flows6"].set(
-            short, bytes(flow)
-        )
+        self._home(key, flow).set(layout.key_of(key), bytes(flow))
+
+    def lose(self, key: layout.Tuple, flow: layout.Flow) -> None:
+        """As a table that is full does."""
+        assert self._home(key, flow).delete(layout.key_of(key))
+
+    def _home(self, key: layout.Tuple, flow: layout.Flow) -> Map:
+        version = 4 if len(layout.key_of(key)) == ctypes.sizeof(layout.Tuple4) else 6
+        table = "opening" if flow.flags & layout.FlowFlag.FLOW_OPENING else "flows"
+        return self.maps[f"{table}{version}"]
+
+    def sizes(self, version: int = 4) -> tuple[int, int]:
+        """Entries of flows that go on, and of those that begin."""
+        tables = (self.maps[f"flows{version}"], self.maps[f"opening{version}"])
+        going, beginning = (len(list(table.keys())) for table in tables)
+        return going, beginning
 
     def age(self, seconds: float) -> None:
         """Let every flow have been seen that much longer ago, and its next hop been asked for."""
-        for name in ("flows4", "flows6"):
+        for name in FLOWS:
             for key in list(self.maps[name].keys()):
                 value = self.maps[name].get(key)
                 if value is not None:  # a full map makes room for what is set

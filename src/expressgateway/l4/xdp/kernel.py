@@ -19,11 +19,15 @@ from expressgateway.l4.xdp.libbpf import INNER_MAP, BpfError, Map, Object, Progr
 OBJECT: Final = Path(__file__).parent / "bpf" / "balancer.bpf.o"
 
 FLOWS: Final = ("flows4", "flows6")
+OPENING: Final = ("opening4", "opening6")
+"""Where flows begin; see `layout.h`."""
 NAMES: Final = "names"
 """A map of ours that the program does not know: by number, whose it is (see `numbers`)."""
 NAME_BYTES: Final = 16
 ENTRIES_OF_FLOW: Final = 2
 """In `nat`, one for each direction."""
+_OPENING_SHARE: Final = 4
+"""Tables for flows that begin are that much smaller than those for the others."""
 
 _STATE: Final = ("vips", "tables", "backends", NAMES)
 """Maps that only make sense together: either all of them are taken over, or none."""
@@ -92,11 +96,12 @@ def _load(pins: Path, max_flows: int, source: Path) -> Kernel:
     entries = ENTRIES_OF_FLOW * max_flows
     with Object.open(source) as thing:
         layout.check(thing)
-        for name in FLOWS:
-            if name in kept and kept[name].max_entries != entries:
+        sizes = dict.fromkeys(FLOWS, entries) | dict.fromkeys(OPENING, entries // _OPENING_SHARE)
+        for name, size in sizes.items():
+            if name in kept and kept[name].max_entries != size:
                 kept.pop(name).close()
             if name not in kept:
-                thing.resize(name, entries)
+                thing.resize(name, size)
         for name, each in kept.items():
             if name != NAMES:
                 thing.reuse(name, each)

@@ -23,6 +23,7 @@ MAX_PORTS: Final = 256
 MAX_DENIED: Final = 65536
 MAX_SERVER_IDS: Final = 8192
 MAX_FLOW_ENTRIES: Final = 131072
+MAX_OPENING_ENTRIES: Final = 32768
 
 # A field's type for Python, and for memory. Be16 is in network byte order.
 U8 = Annotated[int, c_uint8]
@@ -206,7 +207,7 @@ class Direction(IntEnum):
 
 @_enum
 class FlowFlag(IntFlag):
-    FLOW_SYN = 1
+    FLOW_OPENING = 1
     FLOW_FIN = 2
     FLOW_TWIN_FIN = 4
     FLOW_RST = 8
@@ -355,6 +356,7 @@ class Numbers(ctypes.Structure):
 class Sweep(ctypes.Structure):
     flows4: U64
     flows6: U64
+    opening: U64
     entries: U64
     removed: U64
     numbers: Annotated[ctypes.Array[Numbers], Numbers * 0]

@@ -22,7 +22,7 @@ from expressgateway.l4.xdp.attachments import Attachments
 from expressgateway.l4.xdp.denied import Denied
 from expressgateway.l4.xdp.devices import forwarding_off, ifindex_of, routers, source_towards
 from expressgateway.l4.xdp.faults import XdpError, check_capabilities, no_forwarding, no_interface, refused
-from expressgateway.l4.xdp.kernel import FLOWS, Kernel, load
+from expressgateway.l4.xdp.kernel import FLOWS, OPENING, Kernel, load
 from expressgateway.l4.xdp.layout import (
     MAX_VIPS,
     Forwarding,
@@ -429,7 +429,7 @@ class DataPlane:
         backends = {number: (key[0], key[1]) for number, key in self._numbers.by_number().items()}
         found: list[FlowSeen] = []
         try:
-            for name in FLOWS:
+            for name in (*FLOWS, *OPENING):
                 for flow in flows_in(self._maps[name], vips, backends):
                     if len(found) >= limit:
                         return found

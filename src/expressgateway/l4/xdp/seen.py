@@ -167,4 +167,4 @@ def _state(protocol: int, flags: int) -> str:
         return "reset"
     if flags & FlowFlag.FLOW_FIN or flags & FlowFlag.FLOW_TWIN_FIN:
         return "closing"
-    return "opening" if flags & FlowFlag.FLOW_SYN else "open"
+    return "opening" if flags & FlowFlag.FLOW_OPENING else "open"

@@ -148,6 +148,7 @@ static __always_inline int balance_packet(struct xdp_md *ctx, struct work *work,
 	struct settings *settings;
 	struct vip *vip = NULL;
 	__u32 named = 0;
+	bool is_over;
 
 	if (!flow || flow->flags & FLOW_SERVER_IDS) {
 		vip = vip_of(packet);
@@ -166,7 +167,16 @@ static __always_inline int balance_packet(struct xdp_md *ctx, struct work *work,
 		if (settings && settings->denies && is_denied(packet))
 			return ended(flow->vip, DROP_DENIED);
 		backend = living_backend(flow->backend);
-		if (!backend || backend->generation != flow->generation || (begins(packet) && has_ended(flow->flags))) {
+		is_over = !backend || backend->generation != flow->generation ||
+			  (begins(packet) && has_ended(flow->flags));
+		if (!is_over && flow->flags & FLOW_OPENING && !(packet->tcp_flags & TCP_SYN)) {
+			is_over = !establish(work, packet, flow);
+			if (!is_over)
+				flow = find_in(&packet->tuple, packet->is_v6, false);
+			if (!flow)
+				return ended(0, DROP_RACE);
+		}
+		if (is_over) {
 			forget_pair(work, packet, flow);
 			if (!begins(packet))
 				return ended(flow->vip, PASS_NO_FLOW);
@@ -200,10 +210,10 @@ int balance(struct xdp_md *ctx)
 /* -- Removing what has ended */
 
 struct sweeping {
-	struct sweep *sweep;
 	struct settings *settings;
 	__u64 now;
 	__u64 flows;
+	__u64 opening;
 	__u64 entries;
 	__u64 removed;
 };
@@ -212,7 +222,7 @@ static __always_inline __u64 lives_ns(const struct settings *settings, __u8 prot
 {
 	if (protocol != IPPROTO_TCP)
 		return settings->udp_idle_ns;
-	return has_ended(flags) || flags & FLOW_SYN ? settings->closing_ns : settings->tcp_idle_ns;
+	return has_ended(flags) || flags & FLOW_OPENING ? settings->closing_ns : settings->tcp_idle_ns;
 }
 
 /* Whether a flow, or what is left of it, has ended; then its other half is gone. */
@@ -234,6 +244,7 @@ static __always_inline bool is_over(struct sweeping *sweeping, struct flow *flow
 		seen = other->seen_ns;
 	if (sweeping->now < seen || sweeping->now - seen <= lives_ns(sweeping->settings, protocol, flow->flags)) {
 		sweeping->flows++;
+		sweeping->opening += flow->flags & FLOW_OPENING;
 		return false;
 	}
 	if (other)
@@ -245,14 +256,14 @@ static __always_inline bool is_over(struct sweeping *sweeping, struct flow *flow
 static long sweep4(void *map, struct tuple4 *key, struct flow *flow, struct sweeping *sweeping)
 {
 	if (is_over(sweeping, flow, key->protocol, false))
-		bpf_map_delete_elem(&flows4, key);
+		bpf_map_delete_elem(map, key);
 	return 0;
 }
 
 static long sweep6(void *map, struct tuple *key, struct flow *flow, struct sweeping *sweeping)
 {
 	if (is_over(sweeping, flow, key->protocol, true))
-		bpf_map_delete_elem(&flows6, key);
+		bpf_map_delete_elem(map, key);
 	return 0;
 }
 
@@ -264,10 +275,13 @@ int sweep(struct sweep *result)
 	if (!sweeping.settings)
 		return 1;
 	bpf_for_each_map_elem(&flows4, sweep4, &sweeping, 0);
+	bpf_for_each_map_elem(&opening4, sweep4, &sweeping, 0);
 	result->flows4 = sweeping.flows;
 	sweeping.flows = 0;
 	bpf_for_each_map_elem(&flows6, sweep6, &sweeping, 0);
+	bpf_for_each_map_elem(&opening6, sweep6, &sweeping, 0);
 	result->flows6 = sweeping.flows;
+	result->opening = sweeping.opening;
 	result->entries = sweeping.entries;
 	result->removed = sweeping.removed;
 	return 0;

@@ -63,36 +63,59 @@ static __always_inline struct tuple4 shortened(const struct tuple *tuple)
 	};
 }
 
+/* A flow in one of the tables, which `opening` chooses. */
+static __always_inline struct flow *find_in(const struct tuple *tuple, bool is_v6, bool opening)
+{
+	struct tuple4 key;
+
+	if (is_v6)
+		return opening ? bpf_map_lookup_elem(&opening6, tuple) : bpf_map_lookup_elem(&flows6, tuple);
+	key = shortened(tuple);
+	return opening ? bpf_map_lookup_elem(&opening4, &key) : bpf_map_lookup_elem(&flows4, &key);
+}
+
 static __always_inline struct flow *find(const struct tuple *tuple, bool is_v6)
 {
-	struct tuple4 key;
+	struct flow *flow = find_in(tuple, is_v6, false);
 
-	if (is_v6)
-		return bpf_map_lookup_elem(&flows6, tuple);
-	key = shortened(tuple);
-	return bpf_map_lookup_elem(&flows4, &key);
+	return flow ? flow : find_in(tuple, is_v6, true);
 }
 
-static __always_inline long put(const struct tuple *tuple, const struct flow *flow, bool is_v6)
+/* 0, or an error if there is one already. */
+static __always_inline long put(const struct tuple *tuple, const struct flow *flow, bool is_v6, bool opening)
 {
 	struct tuple4 key;
 
 	if (is_v6)
-		return bpf_map_update_elem(&flows6, tuple, flow, BPF_NOEXIST);
+		return opening ? bpf_map_update_elem(&opening6, tuple, flow, BPF_NOEXIST) :
+				 bpf_map_update_elem(&flows6, tuple, flow, BPF_NOEXIST);
 	key = shortened(tuple);
-	return bpf_map_update_elem(&flows4, &key, flow, BPF_NOEXIST);
+	return opening ? bpf_map_update_elem(&opening4, &key, flow, BPF_NOEXIST) :
+			 bpf_map_update_elem(&flows4, &key, flow, BPF_NOEXIST);
 }
 
-static __always_inline void forget(const struct tuple *tuple, bool is_v6)
+static __always_inline void forget_in(const struct tuple *tuple, bool is_v6, bool opening)
 {
 	struct tuple4 key;
 
 	if (is_v6) {
-		bpf_map_delete_elem(&flows6, tuple);
+		if (opening)
+			bpf_map_delete_elem(&opening6, tuple);
+		else
+			bpf_map_delete_elem(&flows6, tuple);
 	} else {
 		key = shortened(tuple);
-		bpf_map_delete_elem(&flows4, &key);
+		if (opening)
+			bpf_map_delete_elem(&opening4, &key);
+		else
+			bpf_map_delete_elem(&flows4, &key);
 	}
+}
+
+static __always_inline void forget(const struct tuple *tuple, bool is_v6)
+{
+	forget_in(tuple, is_v6, false);
+	forget_in(tuple, is_v6, true);
 }
 
 /* Both entries of a packet's flow to a backend. */
@@ -227,12 +250,30 @@ static __always_inline void note(struct work *work, const struct packet *packet,
 {
 	if (now - flow->seen_ns > SEEN_NS)
 		flow->seen_ns = now;
-	if (packet->protocol != IPPROTO_TCP)
-		return;
-	if (flow->flags & FLOW_SYN && !(packet->tcp_flags & TCP_SYN))
-		flow->flags &= ~FLOW_SYN;
-	if (packet->tcp_flags & (TCP_FIN | TCP_RST))
+	if (packet->protocol == IPPROTO_TCP && packet->tcp_flags & (TCP_FIN | TCP_RST))
 		note_end(work, packet, flow);
+}
+
+/* A client that goes on is one: its flow takes its place among the others. False if half of it is lost already. */
+static __noinline bool establish(struct work *work, const struct packet *packet, const struct flow *flow)
+{
+	struct flow *other;
+
+	work->flow = *flow;
+	work->flow.flags &= ~FLOW_OPENING;
+	if (flow->forwarding == FORWARD_NAT) {
+		turn(&work->twin, &flow->to);
+		other = find_in(&work->twin, packet->is_v6, true);
+		if (!other)
+			return false;
+		work->answers = *other;
+		work->answers.flags &= ~FLOW_OPENING;
+		put(&work->twin, &work->answers, packet->is_v6, false);
+		forget_in(&work->twin, packet->is_v6, true);
+	}
+	put(&packet->tuple, &work->flow, packet->is_v6, false);
+	forget_in(&packet->tuple, packet->is_v6, true);
+	return true;
 }
 
 /* The entry for the answers of `work->flow` in `nat`, on a port of ours that is free. `work->flow.to` is complete
@@ -249,7 +290,8 @@ static __always_inline bool take_port(struct work *work, const struct packet *pa
 	turn(&work->twin, &work->flow.to);
 	for (int i = 0; i < PORTS_TRIED; i++) {
 		work->twin.destination_port = bpf_htons(settings->first_port + (hash + i * PORT_STEP) % ports);
-		if (!put(&work->twin, &work->answers, packet->is_v6)) {
+		if (!find_in(&work->twin, packet->is_v6, false) &&
+		    !put(&work->twin, &work->answers, packet->is_v6, true)) {
 			work->flow.to.source_port = work->twin.destination_port;
 			return true;
 		}
@@ -271,14 +313,14 @@ static __always_inline int begin(struct work *work, const struct packet *packet,
 	flow->backend = way->number;
 	flow->generation = generation;
 	flow->direction = TO_BACKEND;
-	flow->flags = flags | (packet->protocol == IPPROTO_TCP ? FLOW_SYN : 0);
+	flow->flags = flags | FLOW_OPENING;
 	flow->forwarding = way->forwarding;
 	if (way->forwarding == FORWARD_NAT && !take_port(work, packet, settings))
 		return PASS_NO_PORT;
-	if (put(&packet->tuple, flow, packet->is_v6)) {
+	if (put(&packet->tuple, flow, packet->is_v6, true)) {
 		/* Another CPU was faster. What it chose holds; the client sends this packet again. */
 		if (way->forwarding == FORWARD_NAT)
-			forget(&work->twin, packet->is_v6);
+			forget_in(&work->twin, packet->is_v6, true);
 		return DROP_RACE;
 	}
 	of_vip = vip_count(way->vip);

@@ -34,6 +34,9 @@
 #ifndef MAX_FLOW_ENTRIES
 #define MAX_FLOW_ENTRIES 131072 /* set before loading: two for a flow in `nat`, one in `dsr` */
 #endif
+#ifndef MAX_OPENING_ENTRIES
+#define MAX_OPENING_ENTRIES 32768 /* likewise */
+#endif
 
 struct address {
 	__be32 words[4];
@@ -111,7 +114,10 @@ struct backend {
 };
 
 /* -- Flows: LRU hashes `flows4`, of `struct tuple4`, and `flows6`, of `struct tuple`. In `nat` a flow has two entries, one for each
- * direction; `to` of one, turned around, is the key of the other. In `dsr` it has one, and `to` is nothing. */
+ * direction; `to` of one, turned around, is the key of the other. In `dsr` it has one, and `to` is nothing.
+ *
+ * A flow begins in `opening4` or `opening6`, which are like them, and moves with the next packet of its client: a flood
+ * of first packets pushes out what the flood has made, and nothing else. */
 
 enum direction {
 	TO_BACKEND = 1,
@@ -119,7 +125,7 @@ enum direction {
 };
 
 enum flow_flag {
-	FLOW_SYN = 1,	      /* TCP: nobody has answered yet */
+	FLOW_OPENING = 1,     /* only its first packet has come, or the same SYN again; it is in `opening4` or `opening6` */
 	FLOW_FIN = 2,	      /* TCP: this direction has ended */
 	FLOW_TWIN_FIN = 4,    /* TCP: the other one has */
 	FLOW_RST = 8,	      /* TCP: either has reset it */
@@ -183,7 +189,7 @@ struct prefix6 {
 struct settings {
 	__u64 tcp_idle_ns;
 	__u64 udp_idle_ns;
-	__u64 closing_ns; /* after FIN in both directions, after RST, and of a SYN that nobody answers */
+	__u64 closing_ns; /* after FIN in both directions, after RST, and after a SYN that nothing follows */
 	__u32 new_flows_per_second; /* on each CPU; 0: no limit */
 	__u16 first_port; /* of those that are given to flows in `nat`; host byte order */
 	__u16 last_port;
@@ -263,6 +269,7 @@ struct numbers {
 struct sweep {
 	__u64 flows4;	/* entries to backends that are left */
 	__u64 flows6;
+	__u64 opening;	/* of them, those whose first packet was the last */
 	__u64 entries;	/* both directions */
 	__u64 removed;	/* flows, by this sweep */
 	struct numbers numbers[0];

@@ -50,10 +50,24 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_OPENING_ENTRIES);
+	__type(key, struct tuple4);
+	__type(value, struct flow);
+} opening4 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, MAX_FLOW_ENTRIES);
 	__type(key, struct tuple);
 	__type(value, struct flow);
 } flows6 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_OPENING_ENTRIES);
+	__type(key, struct tuple);
+	__type(value, struct flow);
+} opening6 SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
