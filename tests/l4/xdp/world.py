@@ -43,7 +43,6 @@ _SIZE: Final = 251
 """Of a table. A prime, as tables are."""
 _FLOWS: Final = 2048
 FLOWS: Final = ("flows4", "flows6", "opening4", "opening6")
-FLOWS: Final = ("flows4", "flows6", "opening4", "opening6")
 PORT: Final = 40000
 """The only one that flows are given, unless a test says otherwise: so it is known beforehand."""
 VIP_PORT, BACKEND_PORT = 80, 8080
