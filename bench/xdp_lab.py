@@ -3,8 +3,8 @@
     source [generate, finish] ---- wire ---- gateway
 
 The source makes frames in the kernel (BPF_PROG_TEST_RUN with live frames), and counts and drops what comes
-back. Clients and backends are beyond it: nobody is there, only their addresses. Making, forwarding and counting
-all run on the core of the thread that asks for frames; a second network is not touched.
+back. Clients and backends are beyond it: nobody is there, only their addresses. Making, forwarding and
+counting all run on the core of the thread that asks for frames; a second network is not touched.
 """
 
 import contextlib
@@ -14,23 +14,25 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
 import psutil
+from tests.namespaces import Namespace
 
 from bench.measure import process_cpu_s, tree
 from expressgateway.l4.xdp.abi import TestRunOptions, XdpContext, checked, library
 from expressgateway.l4.xdp.libbpf import DRIVER_MODE, Link, Object, Program
-from tests.namespaces import Namespace
 
 _SOURCE: Final = Path(__file__).with_name("xdp_programs.bpf.c")
 _LIVE_FRAMES: Final = 2
 """BPF_F_TEST_XDP_LIVE_FRAMES: what the program says is done."""
 _HEAD_BYTES: Final = 80
 _FIRST_PORT: Final = 1024
+_UDP_SEGMENT: Final = 103
+_SEGMENTS: Final = 32
 BATCH: Final = 64
 """Frames that are made at once; the queue of a veth device takes 256."""
 
@@ -64,7 +66,7 @@ class Frame:
     protocol: int
     destination: int
     port: int
-    bytes: int
+    size: int
     """Of the IP packet."""
     tcp_flags: int = 0x10
     flows: int = 1000
@@ -72,7 +74,7 @@ class Frame:
     def head(self, to_mac: bytes, from_mac: bytes) -> tuple[bytes, int]:
         """Ethernet, IP and transport headers, and where the source port is. UDP is without a checksum; that
         of TCP is wrong, and nobody looks."""
-        inside = self.bytes - (20 if self.version == 4 else 40)
+        inside = self.size - (20 if self.version == 4 else 40)
         if self.protocol == socket.IPPROTO_UDP:
             transport = struct.pack("!HHHH", 0, self.port, inside, 0)
         else:
@@ -82,7 +84,7 @@ class Frame:
             socket.inet_pton(family, address(number, self.version)) for number in (SOURCE, self.destination)
         )
         if self.version == 4:
-            start = struct.pack("!BBHHHBBH", 0x45, 0, self.bytes, 0, 0x4000, 64, self.protocol, 0)
+            start = struct.pack("!BBHHHBBH", 0x45, 0, self.size, 0, 0x4000, 64, self.protocol, 0)
             network = start[:10] + struct.pack("!H", _checksum(start + ends)) + ends
         else:
             network = struct.pack("!IHBB", 6 << 28, inside, self.protocol, 64) + ends
@@ -105,6 +107,10 @@ class Sample:
     """Back, to the end that counts."""
     cpu_s: float
     """Of the thread that makes them, of the gateway's processes, and of the core's softirq thread."""
+
+    @property
+    def ns_each(self) -> float:
+        return self.cpu_s / max(self.came, 1) * 1e9
 
 
 class Lab:
@@ -147,13 +153,19 @@ class Lab:
         self._stack.close()
 
     def _give_neighbours(self) -> None:
-        mac = ":".join(f"{byte:02x}" for byte in self.source.mac("wire"))
+        for here, there, numbers in (
+            (self.gateway, self.source, (SOURCE, BACKEND)),
+            (self.source, self.gateway, (GATEWAY, VIP)),
+        ):
+            mac = ":".join(f"{byte:02x}" for byte in there.mac("wire"))
+            here.ip(
+                *(
+                    f"neigh replace {address(number, version)} lladdr {mac} dev wire nud permanent"
+                    for number in numbers
+                    for version in (4, 6)
+                )
+            )
         self.gateway.ip(
-            *(
-                f"neigh replace {address(number, version)} lladdr {mac} dev wire nud permanent"
-                for number in (SOURCE, BACKEND)
-                for version in (4, 6)
-            ),
             f"addr add {address(VIP)}/32 dev wire",
             f"addr add {address(VIP, 6)}/128 dev wire nodad preferred_lft 0",
         )
@@ -178,13 +190,14 @@ class Lab:
         head, port_at = frame.head(self.gateway.mac("wire"), self.source.mac("wire"))
         value = head + struct.pack("IHH", frame.flows, _FIRST_PORT, port_at)
         self._maps["templates"].set(bytes(4), value)
-        self._data = head.ljust(14 + frame.bytes, b"\0")
+        self._data = head.ljust(14 + frame.size, b"\0")
         self._context.data_end = len(self._data)
 
     def counted(self) -> tuple[int, int]:
         """Frames made, and frames that came back."""
+        counts = self._maps["frames"]
         made, came = (
-            sum(int.from_bytes(each, "little") for each in self._maps["frames"].get_percpu(struct.pack("I", at)))
+            sum(int.from_bytes(each, "little") for each in counts.get_percpu(struct.pack("I", at)))
             for at in (0, 1)
         )
         return made, came
@@ -207,27 +220,67 @@ class Lab:
 
     def run(self, count: int, *, gateway: int | None = None, at_once: int | None = None) -> Sample:
         """``gateway``: the process whose work counts too. ``at_once``: wait for so many before the next."""
+        if at_once is None:
+            return self.measured(lambda: self.send(count), gateway)
+        return self.measured(lambda: self._send_paced(count, at_once), gateway)
+
+    def measured(self, work: Callable[[], None], gateway: int | None = None) -> Sample:
         pids = [*(tree(gateway) if gateway else []), softirq_pid(self._core)]
         made, came = self.counted()
         before = time.thread_time(), [process_cpu_s(pid) for pid in pids]
-        if at_once is None:
-            self.send(count)
-        else:
-            self._send_paced(count, at_once)
+        work()
         spent = time.thread_time() - before[0]
         spent += sum(process_cpu_s(pid) - was for pid, was in zip(pids, before[1], strict=True))
         now_made, now_came = self.counted()
         return Sample(now_made - made, now_came - came, spent)
 
     def _send_paced(self, count: int, at_once: int) -> None:
-        """A user-space relay loses what its socket's buffer does not hold. Its own core is this one: it works
+        """A user-space relay loses what its socket's buffer does not hold. Its core is this one: it works
         while we sleep."""
         _, came = self.counted()
         for sent in range(at_once, count + 1, at_once):
             self.send(at_once)
-            ends = time.monotonic() + 0.05
+            ends = time.monotonic() + 0.1
             while self.counted()[1] - came < sent and time.monotonic() < ends:
                 time.sleep(0.0002)
+
+    @contextlib.contextmanager
+    def sockets(self, port: int, count: int, bytes_each: int) -> Iterator[Callable[[int], None]]:
+        """Another source: UDP sockets. What is given sends so many datagrams, from each socket in turn. The
+        kernel cuts them from buffers of ``_SEGMENTS`` (UDP_SEGMENT): the least that a real sender costs."""
+        made = []
+        for _ in range(count):
+            with self.source.entered():
+                sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sock.connect((address(VIP), port))
+            sock.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, bytes_each)
+            made.append(sock)
+        data = bytes(_SEGMENTS * bytes_each)
+
+        def send(datagrams: int) -> None:
+            for number in range(datagrams // _SEGMENTS):
+                made[number % count].send(data)
+
+        try:
+            yield send
+        finally:
+            for sock in made:
+                sock.close()
+
+    @contextlib.contextmanager
+    def receiving(self) -> Iterator[None]:
+        """What comes back goes to the source's stack for once: there are clients and backends."""
+        self.source.ip(
+            f"addr add {address(BACKEND)}/32 dev wire", f"addr add {address(BACKEND, 6)}/128 dev wire nodad"
+        )
+        self._end.update(self.programs["pass"])
+        try:
+            yield
+        finally:
+            self._end.update(self.programs["finish"])
+            self.source.ip(
+                f"addr del {address(BACKEND)}/32 dev wire", f"addr del {address(BACKEND, 6)}/128 dev wire"
+            )
 
 
 def softirq_pid(core: int) -> int:
