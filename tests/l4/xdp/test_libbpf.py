@@ -80,6 +80,7 @@ class TestAvailable:
         assert "older than 1.0" in reason
 
 
+@pytest.mark.usefixtures("world")
 class TestMaps:
     def test_what_it_is(self, flows: Map) -> None:
         assert (flows.name, flows.key_size, flows.value_size, flows.max_entries) == ("flows6", 40, FLOW, 2048)
@@ -257,6 +258,7 @@ def close(thing: Object) -> None:
         program.close()
 
 
+@pytest.mark.usefixtures("world")
 class TestPrograms:
     def test_what_it_is(self, world: World) -> None:
         program = world.programs["balance"]
@@ -353,6 +355,7 @@ class TestLinks:
             Link.create(world.programs["sweep"], place, 0)
 
 
+@pytest.mark.usefixtures("world")
 class TestPins:
     @pytest.fixture
     def files(self, tmp_path: Path) -> Iterator[Path]:
