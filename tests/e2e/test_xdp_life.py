@@ -2,8 +2,10 @@
 
 import contextlib
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -22,7 +24,7 @@ from tests.e2e.xdp_site import (
     config,
     listener,
 )
-from tests.e2e.xdp_world import authority, lan, need_xdp
+from tests.e2e.xdp_world import authority, front, lan, need_xdp
 
 pytestmark = need_xdp()
 
@@ -182,21 +184,52 @@ def test_a_thousand_backends_are_swapped_without_a_lost_packet(site: Site) -> No
     assert site.gateway.reload(CONFIG), site.gateway.log()
 
 
+def shown(site: Site, *command: str) -> dict[str, Any]:
+    """What a command of ``expressgateway xdp`` says."""
+    printed = site.gateway.command("xdp", *command, "--config", str(site.gateway.path), "--json")
+    found: dict[str, Any] = json.loads(printed)
+    return found
+
+
 def test_what_has_ended_is_forgotten(site: Site) -> None:
-    """FIN from both sides, and RST from either; not before its time, and what is open stays."""
-    tcp = listener(TWO_ARMS, "tcp", 4)
-    made, ended = (site.gateway.metric(name) for name in ("xdp_flows_total", "xdp_flows_ended_total"))
+    """FIN from both sides, and RST from either; what is open stays, and all of it is shown."""
+    name = listener(TWO_ARMS, "tcp", 4)
+
+    def ports() -> dict[int, dict[str, Any]]:
+        """What is known of flows of this listener, by the client's port."""
+        flows = shown(site, "flows", "--limit", "10000")["flows"]
+        return {int(flow["client"].rpartition(":")[2]): flow for flow in flows if flow["listener"] == name}
+
+    ended = site.gateway.metric("xdp_flows_ended_total")
     with site.flow(TWO_ARMS) as stays:
-        assert stays.who() in BACKENDS
-        for end in (Flow.close, Flow.reset, lambda flow: flow.sock.sendall(b"reset\n")):
+        backend = stays.who()
+        port = stays.sock.getsockname()[1]
+        gone = []
+        for end in (Flow.close, Flow.reset, Flow.have_reset):
             flow = site.flow(TWO_ARMS)
             flow.who()
+            gone.append(flow.sock.getsockname()[1])
             end(flow)
             flow.close()
-        eventually(lambda: site.gateway.metric("xdp_flows_total") >= made + 4, "they are counted")
         eventually(lambda: site.gateway.metric("xdp_flows_ended_total") >= ended + 3, "they are forgotten")
-        assert stays.who() in BACKENDS
-        assert site.served_in_user_space(tcp) == 0
+        eventually(lambda: not ports().keys() & set(gone), "and not shown any more")
+        known = ports()[port]
+        assert (known["backend"], known["state"], known["forwarding"]) == (backend, "open", "nat")
+        assert known["client"] == f"{front('far')}:{port}"
+        assert known["source"] == " ".join(stays.ask("who").split()[1:]).replace(" ", ":")
+        assert site.served_in_user_space(name) == 0
+
+
+def test_the_command_agrees_with_the_metrics(site: Site) -> None:
+    """To the packet, once nothing moves."""
+    with site.flow(ONE_ARM) as flow:
+        flow.upload(100_000)
+        status = shown(site, "status")
+        assert status["state"] == "attached"
+        for each in status["listeners"]:
+            counts = site.counts(each["name"])
+            for key in ("flows", "in_packets", "out_packets", "in_bytes", "out_bytes"):
+                assert each[key] == counts[key], (each["name"], key)
 
 
 def test_an_upgrade_loses_nothing(site: Site) -> None:
@@ -237,25 +270,55 @@ def test_flows_outlive_a_supervisor_that_is_killed(site: Site) -> None:
     assert all(len(each.names) == 1 for each in streams)
 
 
-def test_without_the_program_user_space_serves(site: Site) -> None:
-    """Turned off by a reload: flows end, and everything goes on as on any other listener."""
+def served_by_workers(site: Site) -> None:
+    """Everything goes on as on any other listener."""
+    eventually(lambda: not site.gateway.is_attached("lan"), "the program is gone")
+    assert not site.gateway.pins.exists()
+    name = listener(ONE_ARM, "tcp", 4)
+    before = site.served_in_user_space(name)
+    with site.flow(ONE_ARM) as flow:
+        flow.upload(1_000_000)
+        flow.download(1_000_000)
+    assert site.served_in_user_space(name) == before + 1
+    with site.datagrams(TWO_ARMS) as datagrams:
+        assert datagrams.who() in BACKENDS
+
+
+def served_by_the_kernel(site: Site) -> None:
     assert site.gateway.is_attached("lan")
+    before = site.served_in_user_space()
+    with site.datagrams(ONE_ARM) as datagrams, site.flow(TWO_ARMS) as flow:
+        assert {datagrams.who(), flow.who()} <= set(BACKENDS)
+    assert site.served_in_user_space() == before
+
+
+def test_turned_off_and_on_by_reloads(site: Site) -> None:
+    served_by_the_kernel(site)
     site.gateway._head = site.gateway._head.replace("xdp_enabled = true", "xdp_enabled = false")
     try:
         assert site.gateway.reload(CONFIG), site.gateway.log()
-        eventually(lambda: not site.gateway.is_attached("lan"), "the program is gone")
-        assert not site.gateway.pins.exists()
-        name = listener(ONE_ARM, "tcp", 4)
-        before = site.served_in_user_space(name)
-        with site.flow(ONE_ARM) as flow:
-            flow.upload(1_000_000)
-            flow.download(1_000_000)
-        assert site.served_in_user_space(name) == before + 1
-        with site.datagrams(TWO_ARMS) as datagrams:
-            assert datagrams.who() in BACKENDS
+        served_by_workers(site)
     finally:
         site.gateway._head = site.gateway._head.replace("xdp_enabled = false", "xdp_enabled = true")
     assert site.gateway.reload(CONFIG), site.gateway.log()
+    served_by_the_kernel(site)
+
+
+def test_detached_by_an_operator(site: Site) -> None:
+    """Until the file is read again."""
+    printed = site.gateway.command("xdp", "detach", "--config", str(site.gateway.path))
+    assert printed.startswith("detached: ")
+    served_by_workers(site)
+    assert site.gateway.reload(CONFIG), site.gateway.log()
+    served_by_the_kernel(site)
+
+
+def test_what_a_killed_gateway_left_is_removed(site: Site) -> None:
+    site.gateway.kill()
     assert site.gateway.is_attached("lan")
-    with site.datagrams(ONE_ARM) as datagrams:
-        assert datagrams.who() in BACKENDS
+    printed = site.gateway.command("xdp", "detach", "--config", str(site.gateway.path))
+    assert printed.startswith("detached from front, lan; ")
+    assert not site.gateway.is_attached("lan")
+    assert not site.gateway.pins.exists()
+    site.gateway.restart()
+    served_by_the_kernel(site)

@@ -202,6 +202,12 @@ class Flow:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
 
+    def have_reset(self) -> None:
+        """By the backend."""
+        self.sock.sendall(b"reset\n")
+        with contextlib.suppress(ConnectionError):
+            self._lines.readline()
+
     def ask(self, line: str) -> str:
         self.sock.sendall(line.encode() + b"\n")
         answer = self._lines.readline()
@@ -276,6 +282,7 @@ class Stream:
         self._flow = Datagrams(namespace, address, port)
         self._pause_s = pause_s
         self._stop = threading.Event()
+        self._is_over = threading.Event()
         self.sent = 0
         self.came: set[int] = set()
         self.names: Counter[str] = Counter()
@@ -298,8 +305,9 @@ class Stream:
             lost = self.lost()
             raise AssertionError(f"{len(lost)} of {self.sent} datagrams lost: {lost[:20]}") from None
         finally:
-            self._flow.sock.close()
+            self._is_over.set()
             self._threads[1].join(PATIENCE_S)
+            self._flow.sock.close()
 
     def lost(self) -> list[int]:
         """Those that have not come back so far."""
@@ -317,8 +325,8 @@ class Stream:
             self.sent += 1
 
     def _receive(self) -> None:
-        self._flow.sock.settimeout(0.2)
-        while not self._stop.is_set() or self.lost():
+        self._flow.sock.settimeout(0.1)
+        while not self._is_over.is_set():
             try:
                 name, _, _, number = self._flow.sock.recv(_CHUNK_BYTES).split(b" ", 3)
             except (TimeoutError, ConnectionError):
