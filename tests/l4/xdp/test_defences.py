@@ -86,7 +86,8 @@ class TestDenied:
         stage(world, family)
         world.deny(family.client, 0)
         world.set(denies=0)
-        assert world.send(tcp(family)).verdict == REDIRECT
+        for flags in (SYN, ACK, ACK):
+            assert world.send(tcp(family, flags)).verdict == REDIRECT
 
 
 class TestTtl:

@@ -245,6 +245,14 @@ class TestWithoutFlow:
             assert world.send(packet) == (PASS, bytes(packet))
         assert world.reasons() == {Reason.PASS_NO_BACKEND: 2}
 
+    def test_zero_is_nobody(self, world: World, family: Family) -> None:
+        """Whatever stands in its place."""
+        world.backend(0, family.backend(1), family.source)
+        world.vip(family.vip)
+        packet = tcp(family)
+        assert world.send(packet) == (PASS, bytes(packet))
+        assert world.reasons() == {Reason.PASS_NO_BACKEND: 1}
+
     def test_a_table_that_names_what_is_no_backend(self, world: World, family: Family) -> None:
         for number in (9, layout.MAX_BACKENDS, 0xFFFFFFFF):
             world.table(1, number)
@@ -484,6 +492,19 @@ class TestOpening:
         assert [bytes(flow.to) for _, flow in world.flows(family.version)] == before
         assert [flags & F_OPENING for flags in world.flags(family.version)] == [0] * entries
         assert world.sweep().opening == 0
+
+    def test_two_cpus_may_move_it_at_once(self, world: World, family: Family) -> None:
+        """One has the other's entry already: what is left is moved, and nobody loses anything."""
+        stage(world, family)
+        begin(world, family)
+        _, (key, answers) = world.flows(family.version)
+        world.table_of(key, answers).delete(layout.key_of(key))
+        answers.flags = 0
+        world.table_of(key, answers).set(layout.key_of(key), bytes(answers))
+        assert world.sizes(family.version) == (1, 1)
+        packet = tcp(family, ACK)
+        assert world.send(packet) == (REDIRECT, bytes(to_backend(packet, family)))
+        assert world.sizes(family.version) == (2, 0)
 
     def test_a_syn_again_and_an_answer_do_not(self, world: World, family: Family) -> None:
         stage(world, family)

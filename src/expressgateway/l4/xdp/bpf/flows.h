@@ -264,12 +264,14 @@ static __noinline bool establish(struct work *work, const struct packet *packet,
 	if (flow->forwarding == FORWARD_NAT) {
 		turn(&work->twin, &flow->to);
 		other = find_in(&work->twin, packet->is_v6, true);
-		if (!other)
+		if (other) {
+			work->answers = *other;
+			work->answers.flags &= ~FLOW_OPENING;
+			put(&work->twin, &work->answers, packet->is_v6, false);
+			forget_in(&work->twin, packet->is_v6, true);
+		} else if (!find_in(&work->twin, packet->is_v6, false)) {
 			return false;
-		work->answers = *other;
-		work->answers.flags &= ~FLOW_OPENING;
-		put(&work->twin, &work->answers, packet->is_v6, false);
-		forget_in(&work->twin, packet->is_v6, true);
+		} /* else another CPU is at it */
 	}
 	put(&packet->tuple, &work->flow, packet->is_v6, false);
 	forget_in(&packet->tuple, packet->is_v6, true);
