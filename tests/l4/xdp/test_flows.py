@@ -498,9 +498,9 @@ class TestOpening:
         stage(world, family)
         begin(world, family)
         _, (key, answers) = world.flows(family.version)
-        world.table_of(key, answers).delete(layout.key_of(key))
+        world.lose(key, answers)
         answers.flags = 0
-        world.table_of(key, answers).set(layout.key_of(key), bytes(answers))
+        world.put_flow(key, answers)
         assert world.sizes(family.version) == (1, 1)
         packet = tcp(family, ACK)
         assert world.send(packet) == (REDIRECT, bytes(to_backend(packet, family)))
