@@ -1,5 +1,7 @@
 """ICMP errors follow the flow that they are about; and what does not fit is told of by one of ours."""
 
+import struct
+
 import pytest
 
 from expressgateway.l4.xdp.layout import Forwarding, Reason
@@ -315,6 +317,20 @@ def test_a_quote_far_behind_is_not_looked_for_elsewhere(world: World) -> None:
         else:
             assert faults(outcome.frame) == [], length
             assert outcome.frame[-60:][8:24] == bytes.fromhex("20010db8000100000000000000000010")
+
+
+def test_ports_are_not_read_of_the_ethernet_header(world: World) -> None:
+    """512 bytes before those that are quoted: where an offset of nine bits would have them."""
+    family = V6
+    stage(world, family)
+    begin(world, family)
+    quoted = Packet().ip(family.vip, family.client).tcp(1, 2, ACK).inner
+    packet = link(family.client, family.vip).icmp(*error(family, 0)).raw(quoted)
+    packet = extended(packet, Extension(DESTINATION, bytes(414)))
+    frame = bytes(packet.but(ether={"source": struct.pack("!HHH", VIP_PORT, CLIENT_PORT, 0)}))
+    assert frame.index(b"\0\1\0\2", 500) == 6 + 512
+    assert world.send(frame) == (PASS, frame)
+    assert world.reasons(0) == {NOT_UNDERSTOOD: 1}
 
 
 class TestUnhappyWays:
