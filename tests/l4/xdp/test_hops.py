@@ -90,6 +90,21 @@ def test_one_that_has_gone_is_not_used_any_more(world: World, family: Family) ->
     assert world.send(tcp(family, ACK)).verdict == REDIRECT
 
 
+def test_in_dsr_a_router_is_no_next_hop(world: World, family: Family) -> None:
+    """He would send the packet back to us. Nor where the backend's address is one of the link."""
+    near = f"{family.link}99"
+    bits = 32 if family.version == 4 else 128
+    stage(world, family, Forwarding.FORWARD_DSR)
+    world.backend(1, near, family.source)
+    world.namespace.ip(f"route add {near}/{bits} via {family.router}")
+    try:
+        assert world.send(tcp(family)).verdict == DROP
+        assert world.reasons() == {Reason.DROP_NOT_ADJACENT: 1}
+        assert world.flows(family.version) == []
+    finally:
+        world.namespace.ip(f"route del {near}/{bits}")
+
+
 def test_a_packet_that_is_too_long_for_it_is_answered_every_time(world: World, family: Family) -> None:
     stage(world, family)
     begin(world, family)

@@ -33,6 +33,9 @@ from tests.l4.xdp.world import CLIENT, GATEWAY, PASS, V4, V6, Family, World
 MALFORMED, FRAGMENTED = Reason.PASS_MALFORMED, Reason.PASS_FRAGMENT
 NOT_UNDERSTOOD = Reason.PASS_NOT_UNDERSTOOD
 
+LONGER = b"\1\x0c" + bytes(12)
+"""An extension header of 16 bytes."""
+
 Make = Callable[[Family], Packet | bytes]
 
 
@@ -141,6 +144,14 @@ COUNTED_V6: dict[str, tuple[Reason, Make]] = {
     "an extension header that ends behind the packet, in padding": (
         MALFORMED,
         lambda f: bytes(link(f.client, f.vip, protocol=DESTINATION).raw(b"\6\1" + bytes(6))) + bytes(60),
+    ),
+    "TCP behind an extension header, in padding": (
+        MALFORMED,
+        lambda f: bytes(extended(tcp(f), Extension(DESTINATION, LONGER)).but(ip={"length": 8})),
+    ),
+    "UDP behind an extension header, in padding": (
+        MALFORMED,
+        lambda f: bytes(extended(udp(f), Extension(DESTINATION, LONGER)).but(ip={"length": 8})),
     ),
     "an extension header of the greatest length": (
         NOT_UNDERSTOOD, lambda f: extended(tcp(f), Extension(HOP_BY_HOP, length=255)),
