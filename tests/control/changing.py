@@ -131,6 +131,7 @@ class FakeGateway:
             "flows": 1,
             "flows_ipv4": 1,
             "flows_ipv6": 0,
+            "flows_opening": 0,
             "max_flows": 65536,
             "flows_ended": 3,
             "evictions": 0,

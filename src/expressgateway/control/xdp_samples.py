@@ -1,4 +1,4 @@
-"""What the XDP data plane has counted, as metrics. Read piece by piece: what is walked over does not change."""
+"""What the XDP data plane has counted, as metrics. Read piece by piece: nothing walked over is changed."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
@@ -24,6 +24,7 @@ def samples_of(xdp: "Xdp") -> Iterator[Sample]:
     yield "xdp_fault", (), int(bool(xdp.fault))
     yield "xdp_flow_entries", ("ipv4",), status["flows_ipv4"]
     yield "xdp_flow_entries", ("ipv6",), status["flows_ipv6"]
+    yield "xdp_flow_entries_opening", (), status["flows_opening"]
     yield "xdp_flow_entries_limit", (), status["max_flows"]
     yield "xdp_flows_ended", (), xdp.removed
     yield "xdp_flow_evictions", (), xdp.evicted

@@ -20,6 +20,7 @@ def shown_xdp(xdp: Xdp, config: Config) -> shapes.Xdp:
         "flows": status.get("flows", 0),
         "flows_ipv4": status.get("flows_ipv4", 0),
         "flows_ipv6": status.get("flows_ipv6", 0),
+        "flows_opening": status.get("flows_opening", 0),
         "max_flows": status.get("max_flows", config.runtime.xdp_max_flows),
         "flows_ended": xdp.removed if status else 0,
         "evictions": xdp.evicted if status else 0,

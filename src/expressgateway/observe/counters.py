@@ -198,6 +198,9 @@ SUPERVISOR_FAMILIES: Final[dict[str, Family]] = {
     "xdp_fault": Family("gauge", "1 if the kernel does not do all that the configuration wants.", ()),
     "xdp_flows": Family("counter", "Flows begun in the kernel.", ("listener",)),
     "xdp_flow_entries": Family("gauge", "Flows that the kernel knows, by address family.", ("family",)),
+    "xdp_flow_entries_opening": Family(
+        "gauge", "Of those flows, the ones of which there has been no second packet.", ()
+    ),
     "xdp_flow_entries_limit": Family("gauge", "Flows of each address family that it has room for.", ()),
     "xdp_flows_ended": Family("counter", "Flows that ended, or were silent too long.", ()),
     "xdp_flow_evictions": Family("counter", "Flows that had to make room for others.", ()),

@@ -293,6 +293,7 @@ class Xdp(TypedDict):
     flows: Annotated[Count, Field(description="That the kernel knows now.")]
     flows_ipv4: Count
     flows_ipv6: Count
+    flows_opening: Annotated[Count, Field(description="Of them, those without a second packet so far.")]
     max_flows: Annotated[Count, Field(description="Of each address family.")]
     flows_ended: Annotated[Count, Field(description="Since this process has had the program.")]
     evictions: Annotated[Count, Field(description="Flows that had to make room for others, since then.")]

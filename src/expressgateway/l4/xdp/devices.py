@@ -1,6 +1,7 @@
 """Facts about network devices, from ioctl and /proc: both know the network namespace of who asks.
 
-(What is in /sys/class/net is that of whoever mounted it, which is another one after `nsenter --net`.)
+(What is in /sys/class/net is that of whoever mounted it, which is another one after `nsenter --net`; and
+/proc/net is that of the first thread.)
 """
 
 import fcntl
@@ -16,7 +17,7 @@ _SIOCGIFHWADDR: Final = 0x8927
 _ARPHRD_ETHER: Final = 1
 _ARPHRD_LOOPBACK: Final = 772
 _ANY_PORT: Final = 9
-_VLANS: Final = Path("/proc/net/vlan/config")
+_VLANS: Final = Path("/proc/thread-self/net/vlan/config")
 _SYSCTL: Final = Path("/proc/sys")
 
 
@@ -111,7 +112,7 @@ def routers() -> set[tuple[str, int]]:
     """The gateways of the routes of this namespace: address and ifindex."""
     found: set[tuple[str, int]] = set()
     try:
-        lines = Path("/proc/net/route").read_text().splitlines()[1:]
+        lines = Path("/proc/thread-self/net/route").read_text().splitlines()[1:]
     except OSError:
         lines = []
     for line in lines:
@@ -119,7 +120,7 @@ def routers() -> set[tuple[str, int]]:
         if len(fields) > 3 and int(fields[2], 16) and (ifindex := ifindex_of(fields[0])):
             found.add((socket.inet_ntop(socket.AF_INET, struct.pack("=I", int(fields[2], 16))), ifindex))
     try:
-        lines = Path("/proc/net/ipv6_route").read_text().splitlines()
+        lines = Path("/proc/thread-self/net/ipv6_route").read_text().splitlines()
     except OSError:
         lines = []
     for line in lines:

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Final
 
 from expressgateway.l4.xdp.kernel import NAME_BYTES, Table
-from expressgateway.l4.xdp.layout import MAX_BACKENDS, Backend, BackendCount, BackendFlag, address_of
+from expressgateway.l4.xdp.layout import MAX_BACKENDS, Address, Backend, BackendCount, BackendFlag, address_of
 from expressgateway.l4.xdp.wanted import IpAddress, WantedBackend
 
 _NOBODY: Final = bytes(NAME_BYTES)
@@ -66,8 +66,9 @@ class Numbers:
                 # Until somebody wants it, it leaves: when, the first `leave_others` says.
                 self._holders[digest] = Holder(number, digest, entry)
 
-    def take(self, pool: str, backend: WantedBackend, source: IpAddress) -> int:
-        """The number of a backend, as it is from now on; 0: there are too many."""
+    def take(self, pool: str, backend: WantedBackend, source: IpAddress | None) -> int:
+        """The number of a backend, as it is from now on; 0: there are too many. `source`: our address
+        towards it; None: there is no way at present, and it keeps what it had."""
         key = (pool, *backend.place)
         digest = _digest(key)
         holder = self._holders.get(digest)
@@ -80,10 +81,11 @@ class Numbers:
             self._counts.set(_U32.pack(holder.number), self._zero)
         else:
             generation = Backend.from_buffer_copy(holder.entry).generation
+        had = Backend.from_buffer_copy(holder.entry).source if holder.entry else Address()
         entry = bytes(
             Backend(
                 address_of(backend.address),
-                address_of(source),
+                address_of(source) if source is not None else had,
                 backend.port,
                 BackendFlag.BACKEND_ALIVE if backend.is_alive else 0,
                 0,

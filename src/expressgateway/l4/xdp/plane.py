@@ -123,7 +123,8 @@ class DataPlane:
         # Of flows, since we are here
         self.flows = (0, 0)
         """To backends: of IPv4, of IPv6, by the last sweep."""
-        self.entries = 0
+        self.opening = 0
+        """Of them, those of which there has been no second packet."""
         self.removed = 0
         self._created_before: int | None = None
 
@@ -257,7 +258,7 @@ class DataPlane:
         for backend in pool.backends:
             source = self._sources.get(backend.address)
             # It keeps its number while there is no way to it: the way may come back.
-            number = self._numbers.take(pool.name, backend, source or backend.address)
+            number = self._numbers.take(pool.name, backend, source)
             if number:
                 found[backend.id] = number
             else:
@@ -365,7 +366,7 @@ class DataPlane:
         try:
             swept = self._kernel.sweep()
             self.flows = (swept.flows4, swept.flows6)
-            self.entries = swept.entries
+            self.opening = swept.opening
             self.removed += swept.removed
             if self._created_before is None:
                 self._created_before = self._created() - sum(self.flows)
@@ -448,6 +449,7 @@ class DataPlane:
             "flows": sum(self.flows),
             "flows_ipv4": self.flows[0],
             "flows_ipv6": self.flows[1],
+            "flows_opening": self.opening,
             "next_hops": self.hops,
             "interfaces": [
                 {

@@ -83,18 +83,21 @@ class Tables:
             for id_, share in shares.items()
             if share < 1 and number_of.get(id_)
         }
+        if set(ramping) >= {number for number in own if number}:
+            ramping = {}  # nobody else is there to take what they do not
+        if 0 not in own and not ramping:
+            return table
+        self._rest()
+        others = array("I", (0 if number in ramping else number for number in table))
+        _fill(others)
         if ramping:
             self._rest()
-            ripe = array("I", table)
+            _fill(table)
             for slot, number in enumerate(table):
                 if number in ramping and slot * _HASH % 2**32 >= ramping[number]:
-                    ripe[slot] = 0
-            if any(ripe):
-                table = ripe
-        if 0 in own or ramping:
-            self._rest()
-            _fill(table)
-        return table
+                    table[slot] = others[slot]
+            return table
+        return others
 
 
 def _fill(table: "array[int]") -> None:
