@@ -108,6 +108,18 @@ def test_another_vip_s_ids_are_not_asked(world: World, family: Family) -> None:
     assert chosen(world.send(packet).frame) == 1
 
 
+def test_the_same_id_is_somebody_else_s_at_another_vip(world: World, family: Family) -> None:
+    stage(world, family, table=1)
+    name(world, b"one", 2, vip=2)
+    world.vip(
+        family.vip, 3, number=2, port=81, flags=VipFlag.VIP_SERVER_IDS, config_id=CONFIG_ID, server_id_length=3
+    )
+    packet = udp(family, short(cid(b"one")))
+    assert chosen(world.send(packet).frame) == 1
+    packet = packet.but(udp={"destination": 81})
+    assert chosen(world.send(packet).frame) == 2
+
+
 def test_a_vip_without_server_ids_reads_none(world: World, family: Family) -> None:
     stage(world, family, table=1)
     world.vip(family.vip, 1)
