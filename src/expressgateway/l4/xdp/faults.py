@@ -7,9 +7,11 @@ from typing import Final
 
 from expressgateway.l4.xdp.libbpf import BpfError, attached, program_info
 
-_CAPABILITIES: Final = {"CAP_BPF": 39, "CAP_NET_ADMIN": 12}
-"""Of capabilities(7), those that loading and attaching take."""
-_SYS_ADMIN: Final = 21  # stands for CAP_BPF as well
+_CAPABILITIES: Final = {"CAP_BPF": 39, "CAP_PERFMON": 38, "CAP_NET_ADMIN": 12}
+"""Of capabilities(7), those that loading and attaching take. CAP_PERFMON is the verifier's wish: without it no
+program may go to a header behind others whose lengths it has read (a CPU could speculate about them)."""
+_SYS_ADMIN: Final = 21
+_PART_OF_SYS_ADMIN: Final = ("CAP_BPF", "CAP_PERFMON")
 
 
 class XdpError(Exception):
@@ -24,18 +26,22 @@ def missing_capabilities() -> list[str]:
         return []
     line = next((line for line in status.splitlines() if line.startswith("CapEff:")), "CapEff: 0")
     held = int(line.split()[1], 16)
-    missing = [name for name, bit in _CAPABILITIES.items() if not held >> bit & 1]
-    if held >> _SYS_ADMIN & 1 and "CAP_BPF" in missing:
-        missing.remove("CAP_BPF")
-    return missing
+    is_mighty = bool(held >> _SYS_ADMIN & 1)
+    return [
+        name
+        for name, bit in _CAPABILITIES.items()
+        if not held >> bit & 1 and not (is_mighty and name in _PART_OF_SYS_ADMIN)
+    ]
 
 
 def check_capabilities() -> None:
     """Raises `XdpError`."""
     if missing := missing_capabilities():
+        *most, last = missing
+        names = f"{', '.join(most)} and {last}" if most else last
         raise XdpError(
-            f"the gateway lacks {' and '.join(missing)}, and without the kernel takes no XDP program: run it "
-            "as root, or with systemd add AmbientCapabilities=CAP_BPF CAP_NET_ADMIN (docs/xdp.md); or turn "
+            f"the gateway lacks {names}, and without the kernel takes no XDP program: run it as root, or with "
+            f"systemd add AmbientCapabilities={' '.join(_CAPABILITIES)} (docs/xdp.md); or turn "
             "runtime.xdp_enabled off"
         )
 
