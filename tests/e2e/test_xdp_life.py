@@ -154,12 +154,13 @@ def crowd(*, first: int, weights: tuple[int, ...] = (1,)) -> str:
     return CONFIG + (
         f"[[listeners]]\nname = 'crowd'\nprotocol = 'udp'\nxdp = true\nbackends = [{backends}]\n"
         f"address = '{authority(ONE_ARM.address(4), CROWD_PORT)}'\n"
-        "load_balancing = { policy = 'maglev' }\n"
+        "load_balancing = { policy = 'maglev' }\ndrain_timeout_ms = 30000\n"
     )
 
 
 def test_a_thousand_backends_are_swapped_without_a_lost_packet(site: Site) -> None:
-    """Streams and newcomers while weights change, half of the backends, and all of them."""
+    """Streams and newcomers while weights change, half of the backends, and all of them. Flows stay where
+    they are: backends that leave have time to drain."""
     site.world.gateway.ip(f"route add {CROWD} via {lan('b')}")
     address = ONE_ARM.address(4)
     with contextlib.ExitStack() as stack:
@@ -181,6 +182,7 @@ def test_a_thousand_backends_are_swapped_without_a_lost_packet(site: Site) -> No
                 each.goes_on()
         assert site.served_in_user_space("crowd") == 0
         assert len(newcomers.answers) > 50
+    assert all(len(each.names) == 1 for each in streams)
     assert site.gateway.reload(CONFIG), site.gateway.log()
 
 
@@ -255,7 +257,7 @@ def test_flows_outlive_a_supervisor_that_is_killed(site: Site) -> None:
     gateway = site.gateway
     with contextlib.ExitStack() as stack:
         streams = [stack.enter_context(stream(site, way)) for way in (TWO_ARMS, DSR)]
-        newcomers = stack.enter_context(Newcomers(site.world.near, ONE_ARM.address(4), PORT, 11_000))
+        newcomers = stack.enter_context(Newcomers(site.world.near, ONE_ARM.address(4), PORT, 15_000))
         held = stack.enter_context(many(site, TWO_ARMS))
         gateway.kill()
         newcomers.goes_on()
