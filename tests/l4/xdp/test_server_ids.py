@@ -112,7 +112,13 @@ def test_the_same_id_is_somebody_else_s_at_another_vip(world: World, family: Fam
     stage(world, family, table=1)
     name(world, b"one", 2, vip=2)
     world.vip(
-        family.vip, 3, number=2, port=81, flags=VipFlag.VIP_SERVER_IDS, config_id=CONFIG_ID, server_id_length=3
+        family.vip,
+        3,
+        number=2,
+        port=81,
+        flags=VipFlag.VIP_SERVER_IDS,
+        config_id=CONFIG_ID,
+        server_id_length=3,
     )
     packet = udp(family, short(cid(b"one")))
     assert chosen(world.send(packet).frame) == 1

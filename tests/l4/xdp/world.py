@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 from expressgateway.l4.xdp import layout
-from expressgateway.l4.xdp.layout import FlowFlag, Forwarding, Reason
+from expressgateway.l4.xdp.layout import Forwarding, Reason
 from expressgateway.l4.xdp.libbpf import INNER_MAP, Map, Object, create_array, possible_cpus
 from tests.l4.xdp.packets import TCP, UDP, Packet, mac
 
