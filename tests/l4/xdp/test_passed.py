@@ -170,6 +170,11 @@ COUNTED_V6: dict[str, tuple[Reason, Make]] = {
         MALFORMED, lambda f: link(f.client, f.vip, protocol=DESTINATION).raw(bytes([TCP, 0]) + bytes(6)),
     ),
 }  # fmt: skip
+MAPPED = "::ffff:203.0.113.80"
+COUNTED_V6 |= {
+    "from an IPv4 address that is mapped": (NOT_UNDERSTOOD, lambda f: tcp(f).but(ip={"source": MAPPED})),
+    "to an IPv4 address that is mapped": (NOT_UNDERSTOOD, lambda f: tcp(f).but(ip={"destination": MAPPED})),
+}
 CASES = [
     pytest.param(family, reason, make, id=f"v{family.version}, {name}")
     for family, more in ((V4, COUNTED_V4), (V6, COUNTED_V6))
@@ -216,6 +221,20 @@ def test_a_frame_that_ends_anywhere(
         assert outcome == (PASS, frame)
         assert world.flows(4) == world.flows(6) == []
         assert list(world.reasons(0)) in ([MALFORMED], [])
+
+
+def test_a_vip_s_address_in_the_other_family_s_clothes(world: World) -> None:
+    """Maps know IPv4 addresses as mapped ones: a packet that has one of these is for nobody."""
+    stage(world, V4)
+    world.namespace.ip(f"route add default via {V6.router}")
+    try:
+        for packet in (tcp(V6), udp(V6)):
+            frame = bytes(packet.but(ip={"destination": MAPPED}))
+            assert world.send(frame) == (PASS, frame)
+        assert world.reasons() == {}
+        assert world.reasons(0) == {NOT_UNDERSTOOD: 2}
+    finally:
+        world.namespace.ip(f"route del default via {V6.router}")
 
 
 def test_a_port_that_is_not_ours(world: World, family: Family) -> None:

@@ -81,6 +81,11 @@ static __always_inline void map_v4(struct address *address, __be32 v4)
 	address->words[3] = v4;
 }
 
+static __always_inline bool is_mapped(const struct address *address)
+{
+	return !address->words[0] && !address->words[1] && address->words[2] == bpf_htonl(0xffff);
+}
+
 static __always_inline void copy_v6(struct address *address, const struct in6_addr *v6)
 {
 	__builtin_memcpy(address, v6, sizeof(*address));
@@ -168,6 +173,9 @@ static __always_inline int parse_v6(void *data, void *end, struct packet *packet
 		return PASS_MALFORMED;
 	copy_v6(&packet->tuple.source, &ip->saddr);
 	copy_v6(&packet->tuple.destination, &ip->daddr);
+	/* No such address is on a wire (RFC 4942 2.2); here it would be taken for the IPv4 address in it. */
+	if (is_mapped(&packet->tuple.source) || is_mapped(&packet->tuple.destination))
+		return PASS_NOT_UNDERSTOOD;
 	packet->transport = offset;
 	packet->length = length;
 	packet->ttl = ip->hop_limit;
