@@ -7,8 +7,8 @@ from typing import Final
 
 from expressgateway.l4.xdp.libbpf import BpfError, attached, program_info
 
-_CAPABILITIES: Final = {"CAP_BPF": 39, "CAP_PERFMON": 38, "CAP_NET_ADMIN": 12}
-"""Of capabilities(7), those that loading and attaching take. CAP_PERFMON is the verifier's wish: without it no
+CAPABILITIES: Final = {"CAP_BPF": 39, "CAP_PERFMON": 38, "CAP_NET_ADMIN": 12}
+"""Of capabilities(7), those that loading and attaching take. CAP_PERFMON is for the verifier: without it no
 program may go to a header behind others whose lengths it has read (a CPU could speculate about them)."""
 _SYS_ADMIN: Final = 21
 _PART_OF_SYS_ADMIN: Final = ("CAP_BPF", "CAP_PERFMON")
@@ -29,7 +29,7 @@ def missing_capabilities() -> list[str]:
     is_mighty = bool(held >> _SYS_ADMIN & 1)
     return [
         name
-        for name, bit in _CAPABILITIES.items()
+        for name, bit in CAPABILITIES.items()
         if not held >> bit & 1 and not (is_mighty and name in _PART_OF_SYS_ADMIN)
     ]
 
@@ -40,8 +40,8 @@ def check_capabilities() -> None:
         *most, last = missing
         names = f"{', '.join(most)} and {last}" if most else last
         raise XdpError(
-            f"the gateway lacks {names}, and without the kernel takes no XDP program: run it as root, or with "
-            f"systemd add AmbientCapabilities={' '.join(_CAPABILITIES)} (docs/xdp.md); or turn "
+            f"the gateway lacks {names}, and without the kernel takes no XDP program: run it as root, or "
+            f"with systemd add AmbientCapabilities={' '.join(CAPABILITIES)} (docs/xdp.md); or turn "
             "runtime.xdp_enabled off"
         )
 
