@@ -2,6 +2,7 @@
 
 import struct
 import time
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +89,22 @@ def test_one_that_has_gone_is_not_used_any_more(world: World, family: Family) ->
         text = BACKENDS[1].hex(":")
         world.namespace.ip(f"neigh replace {family.backend(1)} lladdr {text} dev back nud permanent")
     assert world.send(tcp(family, ACK)).verdict == REDIRECT
+
+
+def test_the_kernel_tells_none_where_forwarding_is_off(world: World, family: Family) -> None:
+    """Which the loader looks at, and says."""
+    stage(world, family)
+    begin(world, family)
+    world.age(0)
+    setting = Path(f"/proc/sys/net/ipv{family.version}/conf/front/forwarding")
+    setting.write_text("0")
+    try:
+        assert world.send(tcp(family, ACK)).verdict == DROP
+        packet = tcp(family, port=1)
+        assert world.send(packet) == (PASS, bytes(packet))
+        assert world.reasons() == {Reason.DROP_NO_ROUTE: 1, Reason.PASS_NO_ROUTE: 1}
+    finally:
+        setting.write_text("1")
 
 
 def test_in_dsr_a_router_is_no_next_hop(world: World, family: Family) -> None:
