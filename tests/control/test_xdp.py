@@ -155,6 +155,7 @@ class FakePlane:
         self.refuses = ""
         self.open = 0
         self.removed = 5
+        self.evicted = 2
         self.changes = False
 
     def apply(self, wanted: Wanted) -> None:
@@ -181,9 +182,6 @@ class FakePlane:
     def counts(self) -> Counted:
         vip = VipSeen(10, 1000, 8, 8000, 4, 1, 2, 3, REASONS)
         return Counted({"web": vip}, {("web", "b1"): BackendSeen(10, 1000, 8, 8000, 4)})
-
-    def evicted(self, counts: Counted) -> int:
-        return 2
 
     def seen_flows(self, limit: int) -> list[FlowSeen]:
         return [FLOW] * limit

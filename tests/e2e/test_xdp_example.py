@@ -3,6 +3,7 @@
 On `lo` there is no next hop, so the program passes on what it would forward elsewhere.
 """
 
+import contextlib
 import secrets
 import socket
 import threading
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.chromium import CHROMIUM, chromium
 from tests.e2e.examples import EXAMPLES
-from tests.e2e.harness import Gateway, eventually
+from tests.e2e.harness import Gateway, eventually, need
 from tests.e2e.xdp_world import BPF_FS, need_xdp, unpin
 from tests.namespaces import Namespace
 
@@ -55,24 +57,57 @@ def answering(port: int) -> socket.socket:
     return server
 
 
+def answer_once(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # nobody asked
+        sock.sendto(b"pong", sock.recvfrom(64)[1])
+
+
 @pytest.fixture
-def example(tmp_path: Path) -> Iterator[Example]:
-    pins = BPF_FS / f"eg-{secrets.token_hex(4)}"
+def namespace() -> Iterator[Namespace]:
     with Namespace("example") as namespace:
         namespace.sysctl(ipv4__conf__lo__forwarding=1)
-        with namespace.entered():
-            servers = [answering(3000), answering(3001)]
-            names = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            names.bind(("127.0.0.1", 3053))
-            names.settimeout(10)
-            threading.Thread(target=lambda: names.sendto(b"pong", names.recvfrom(64)[1]), daemon=True).start()
-            try:
-                with Example(tmp_path, namespace, pins) as example:
-                    yield example
-            finally:
-                for each in (*servers, names):
-                    each.close()
-                unpin(pins)
+        yield namespace
+
+
+@pytest.fixture
+def example(tmp_path: Path, namespace: Namespace) -> Iterator[Example]:
+    pins = BPF_FS / f"eg-{secrets.token_hex(4)}"
+    with namespace.entered():
+        servers = [answering(3000), answering(3001)]
+        names = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        names.bind(("127.0.0.1", 3053))
+        names.settimeout(10)
+        threading.Thread(target=answer_once, args=(names,), daemon=True).start()
+        try:
+            with Example(tmp_path, namespace, pins) as example:
+                yield example
+        finally:
+            for each in (*servers, names):
+                each.close()
+            unpin(pins)
+
+
+@need(CHROMIUM)
+def test_the_dashboard_shows_it(example: Example, namespace: Namespace, tmp_path: Path) -> None:
+    with namespace.entered(), chromium(tmp_path, None) as browser:
+        page = browser.page()
+        page.watch()
+        page.open("http://127.0.0.1:9090/")
+
+        def text(selector: str) -> str:
+            return str(page.run(f"document.querySelector({selector!r})?.textContent ?? ''"))
+
+        eventually(lambda: text("#xdp-note").startswith("attached"), "the panel is shown")
+        assert page.run("document.getElementById('xdp-card').hidden") is False
+        assert "lo" in text("#xdp-interfaces tbody tr")
+        assert "nat" in text("#xdp-listeners tbody tr")
+        for width in (390, 1280):
+            page.resize(width)
+            assert (
+                page.run("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+            )
+        assert page.complaints() == []
+        page.close()
 
 
 def test_it_starts_and_serves(example: Example) -> None:

@@ -16,6 +16,7 @@ from expressgateway.control.admin.scrapes import Scrapes
 from expressgateway.control.changes import Change, ChangeError
 from expressgateway.control.phase import Phase
 from expressgateway.control.reload import Check, FromFile, Outcome, Renewal
+from expressgateway.control.xdp_samples import samples_of
 from expressgateway.control.xdp_shown import shown_flow, shown_xdp
 from expressgateway.l4.xdp.faults import XdpError
 from expressgateway.observe import logs
@@ -67,8 +68,10 @@ class Front:
         if deployment is None:
             return Facts(self.status(), self._of.running.config, drain=drained)
         board = deployment.upstreams.board
-        own = tuple(self._of.certificates.samples())
-        return Facts(self.status(), deployment.config, deployment.fleet, board, drained, own)
+        xdp = deployment.xdp
+        own = (*self._of.certificates.samples(), *samples_of(xdp))
+        shown_now = shown_xdp(xdp, deployment.config) if xdp.is_on or xdp.is_detached else None
+        return Facts(self.status(), deployment.config, deployment.fleet, board, drained, own, shown_now)
 
     def config(self) -> shapes.EffectiveConfig:
         return shown.config(self._of.running, self._of.reloads)

@@ -274,8 +274,8 @@ class Xdp:
             return  # it was given up meanwhile
         if sweeps:
             plane.sweep()
-        self.counted = counted = plane.counts()
-        self.evicted = plane.evicted(counted)
+        self.counted = plane.counts()
+        self.evicted = plane.evicted
         self.removed = plane.removed
         self._status = plane.status()
 

@@ -500,7 +500,7 @@ class TestSeen:
         assert counts.vips["web"].flows == 0
         assert counts.backends["pool", "b1"].in_packets == 0
         assert plane.flows == (0, 0)
-        assert plane.evicted(counts) == 0
+        assert plane.evicted == 0
         assert plane.seen_flows(10) == []
 
     def test_next_hops_are_kept(self, plane: DataPlane) -> None:

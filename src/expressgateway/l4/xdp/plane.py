@@ -126,6 +126,8 @@ class DataPlane:
         self.opening = 0
         """Of them, those of which there has been no second packet."""
         self.removed = 0
+        self.evicted = 0
+        """Pushed out of their table: made, and neither there nor ended."""
         self._created_before: int | None = None
 
     @classmethod
@@ -364,13 +366,16 @@ class DataPlane:
     def sweep(self) -> None:
         """Remove flows that have ended, and count the others."""
         try:
+            created = self._created()  # first: what begins meanwhile is not missing
             swept = self._kernel.sweep()
             self.flows = (swept.flows4, swept.flows6)
             self.opening = swept.opening
             self.removed += swept.removed
             if self._created_before is None:
-                self._created_before = self._created() - sum(self.flows)
+                self._created_before = created - sum(self.flows)
                 self.removed = 0
+            missing = created - self._created_before - self.removed - sum(self.flows)
+            self.evicted = max(self.evicted, missing)
         except BpfError as error:
             raise refused(error) from None
 
@@ -418,11 +423,6 @@ class DataPlane:
             {},
         )
         return sum(each.flows for each in counts.vips.values())
-
-    def evicted(self, counts: Counted) -> int:
-        """Flows that were pushed out of their table, since we are here: made, and neither there nor ended."""
-        made = sum(each.flows for each in counts.vips.values()) - (self._created_before or 0)
-        return max(0, made - self.removed - sum(self.flows))
 
     def seen_flows(self, limit: int) -> list[FlowSeen]:
         """Some of the flows, as they are now."""

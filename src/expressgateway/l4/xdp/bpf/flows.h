@@ -325,6 +325,10 @@ static __always_inline int begin(struct work *work, const struct packet *packet,
 			forget_in(&work->twin, packet->is_v6, true);
 		return DROP_RACE;
 	}
+	/* Where the table is full, making room for the second entry may have taken the first one's: whatever has not
+	 * been looked at yet goes first. Looking at it is what keeps it until the answer comes. */
+	if (way->forwarding == FORWARD_NAT && !find_in(&work->twin, packet->is_v6, true))
+		put(&work->twin, &work->answers, packet->is_v6, true);
 	of_vip = vip_count(way->vip);
 	if (of_vip)
 		of_vip->flows++;
