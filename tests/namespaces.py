@@ -32,6 +32,10 @@ _GRO: Final = 0x2C
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+class NamespaceError(Exception):
+    """ip(8) refused."""
+
+
 class Namespace:
     """A network namespace, from ``with`` to its end."""
 
@@ -107,9 +111,12 @@ class Namespace:
 
 
 def _ip(*arguments: str, stdin: str = "") -> str:
+    """Raises `NamespaceError` with what ip(8) says."""
     done = subprocess.run(
-        [_program("ip"), *arguments], input=stdin, capture_output=True, text=True, timeout=60, check=True
+        [_program("ip"), *arguments], input=stdin, capture_output=True, text=True, timeout=60, check=False
     )
+    if done.returncode != 0:
+        raise NamespaceError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout
 
 

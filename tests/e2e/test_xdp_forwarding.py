@@ -1,11 +1,16 @@
 """Real TCP and UDP through the kernel: every way, both versions of IP; the counters say what was there."""
 
+import contextlib
 import socket
+import struct
 from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.harness import eventually
+from expressgateway.l4.xdp.kernel import maps_directory
+from expressgateway.l4.xdp.layout import Port
+from expressgateway.l4.xdp.libbpf import Map
+from tests.e2e.harness import PATIENCE_S, eventually
 from tests.e2e.xdp_peers import Forger, forged_datagram
 from tests.e2e.xdp_site import (
     BACKENDS,
@@ -28,6 +33,7 @@ EVERY_WAY = pytest.mark.parametrize("way", WAYS, ids=[way.name for way in WAYS])
 BOTH_VERSIONS = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
 HEADERS = {4: 28, 6: 48}
 """Bytes of a datagram that its contents are not."""
+_AUXILIARY = (263, 8)  # SOL_PACKET, PACKET_AUXDATA
 _IP_MTU_DISCOVER = 10
 _IP_PMTUDISC_DONT = 0
 _IP_PMTUDISC_DO = 2
@@ -171,16 +177,61 @@ def test_an_icmp_error_follows_its_flow(site: Site) -> None:
             site.backends[name].open_udp()
 
 
-def test_a_tag_is_taken_off(site: Site) -> None:
-    """A frame with a VLAN tag, on a link where the gateway has no VLAN: what it carries is forwarded."""
+def heard_tag(sock: socket.socket, data: bytes) -> int:
+    """The VLAN of the next frame that carries ``data``; 0: it has none. The kernel takes a tag off what comes
+    in and says so beside it; what goes out has it still."""
+    while True:
+        frame, ancillary, _, _ = sock.recvmsg(2048, 64)
+        if frame.endswith(data):
+            if frame[12:14] == b"\x81\0":
+                return int.from_bytes(frame[14:16], "big")
+            (auxiliary,) = (value for level, kind, value in ancillary if (level, kind) == _AUXILIARY)
+            return int(struct.unpack_from("16xH", auxiliary)[0])
+
+
+@contextlib.contextmanager
+def tagged(site: Site, vlan: int) -> Iterator[None]:
+    """What leaves by ``front`` carries a tag: as if routes there led to a VLAN device, which not every kernel
+    can make."""
+    key = struct.pack("I", site.world.gateway.ifindex("front"))
+    with contextlib.closing(Map.pinned(maps_directory(site.gateway.pins) / "ports")) as ports:
+        was = ports.get(key)
+        assert was is not None
+        port = Port.from_buffer_copy(was)
+        port.vlan = vlan
+        ports.set(key, bytes(port))
+        try:
+            yield
+        finally:
+            ports.set(key, was)
+
+
+@pytest.mark.parametrize("vlan", [0, 42], ids=["no-tag-out", "tag-out"])
+def test_tags_are_taken_off_and_put_on(site: Site, vlan: int) -> None:
+    """A datagram comes in with a VLAN's tag; its answer has the one of the device that it leaves by."""
     name = listener(TWO_ARMS, "udp", 4)
-    with site.datagrams(TWO_ARMS, source_port=7123) as flow:
-        backend = flow.who()
-        before, heard = site.counts(name), site.backends[backend].datagrams
-        with Forger(site.world.far, site.world.gateway.mac("front"), device="front") as forger:
-            forger.send(forged_datagram(front("far"), 7123, TWO_ARMS.address(4), PORT, b"tagged"), vlan=42)
-        assert flow.sock.recv(100).split(b" ")[3] == b"tagged"
-    assert site.backends[backend].datagrams == heard + 1
-    eventually(
-        lambda: site.counts(name)["in_packets"] == before["in_packets"] + 1, "it is counted like any other"
+    world, source_port = site.world, 7100 + vlan
+    address = ("198.51.100.7", source_port)
+    data = b"tagged, number %d" % vlan
+    mac = ":".join(f"{byte:02x}" for byte in world.far.mac("front"))
+    world.gateway.ip(
+        f"neigh replace {address[0]} lladdr {mac} dev front nud permanent",
+        f"route replace {address[0]} dev front",
     )
+    before = site.counts(name)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tagged(site, vlan))
+        with world.far.entered():
+            ear = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)))
+        ear.setsockopt(*_AUXILIARY, 1)
+        ear.bind(("front", 3))
+        ear.settimeout(PATIENCE_S)
+        forger = stack.enter_context(Forger(world.far, world.gateway.mac("front"), device="front"))
+        forger.send(forged_datagram(*address, TWO_ARMS.address(4), PORT, data), vlan=7)
+        # The answer has the backend's name in front; what was sent is heard as well, with its own tag.
+        heard = [heard_tag(ear, data), heard_tag(ear, data)]
+    assert heard == [7, vlan]
+    eventually(
+        lambda: site.counts(name)["out_packets"] == before["out_packets"] + 1, "it is counted like any other"
+    )
+    assert site.counts(name)["in_packets"] == before["in_packets"] + 1

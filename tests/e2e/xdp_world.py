@@ -30,7 +30,7 @@ import pytest
 from expressgateway.l4.xdp.libbpf import DRIVER_MODE, Link, Program
 from tests.e2e.fake_systemd import is_over
 from tests.e2e.harness import PATIENCE_S, Gateway, eventually
-from tests.namespaces import PATH, Namespace
+from tests.namespaces import PATH, Namespace, NamespaceError
 
 BPF_FS: Final = Path("/sys/fs/bpf")
 CLIENT_ROUTE: Final = "198.18.0.0/15"
@@ -53,8 +53,8 @@ def why_not() -> str:
     try:
         with Namespace("probe") as namespace:
             namespace.ip("link add x0 type veth peer name x1")
-    except subprocess.CalledProcessError as error:
-        return f"this kernel makes no network namespaces or veth pairs: {error.stderr.strip()}"
+    except NamespaceError as error:
+        return f"this kernel makes no network namespaces or veth pairs: {error}"
     return ""
 
 
