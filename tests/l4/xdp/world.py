@@ -198,6 +198,7 @@ class World:
             self.maps, self.programs = loaded.maps, loaded.programs
         self.front, self.back = namespace.index("front"), namespace.index("back")
         self._tables: dict[int, Map] = {}
+        self._filled: dict[int, tuple[int, ...]] = {}
         self.settings = layout.Settings()
         self.reset()
 
@@ -276,8 +277,9 @@ class World:
         table = self._tables.get(number)
         if table is None or table.max_entries != size:
             self.swap(number, *backends, size=size)
-        else:
+        elif self._filled[number] != backends:
             _fill(table, backends)
+            self._filled[number] = backends
 
     def swap(self, number: int, *backends: int, size: int = _SIZE) -> None:
         """Another table for a VIP, made aside and put in its place. Slow: the kernel waits for readers."""
@@ -286,7 +288,7 @@ class World:
         self.maps["tables"].set(_u32(number), _u32(table.fd))
         if number in self._tables:
             self._tables[number].close()
-        self._tables[number] = table
+        self._tables[number], self._filled[number] = table, backends
 
     def deny(self, address: str, bits: int) -> None:
         packed = layout.address_bytes(address)
