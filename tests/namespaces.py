@@ -32,7 +32,7 @@ _GRO: Final = 0x2C
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class NamespaceError(Exception):
+class NamespaceError(OSError):
     """ip(8) refused."""
 
 
