@@ -78,7 +78,10 @@ static __always_inline struct flow *find(const struct tuple *tuple, bool is_v6)
 {
 	struct flow *flow = find_in(tuple, is_v6, false);
 
-	return flow ? flow : find_in(tuple, is_v6, true);
+	if (!flow)
+		flow = find_in(tuple, is_v6, true);
+	/* Between the two another CPU may have moved it (`establish`), which puts it there before it takes it here. */
+	return flow ? flow : find_in(tuple, is_v6, false);
 }
 
 /* 0, or an error if there is one already. */
