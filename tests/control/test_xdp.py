@@ -345,6 +345,19 @@ class TestConfigurations:
 
         assert len(play(scene).planes) == 1
 
+    def test_one_that_has_gone_is_no_reason_to_refuse_another_change(
+        self, kernel: dict[str, list[str]]
+    ) -> None:
+        async def scene(it: Scene) -> None:
+            await it.start(config())
+            kernel["devices"] = []
+            kernel["off"] = ["net.ipv4.conf.e0.forwarding"]
+            await it.xdp.prepare(config(), is_read=False)
+            with pytest.raises(StartError, match="forwarding"):
+                await it.xdp.prepare(config())
+
+        play(scene)
+
     def test_room_for_more_flows_is_another_program(self) -> None:
         async def scene(it: Scene) -> None:
             await it.start(config())
@@ -354,7 +367,7 @@ class TestConfigurations:
             assert it.plane.applied == [wanted_of(config(), known)]
             it.refuses = "no memory"
             with pytest.raises(XdpError, match="no memory"):
-                it.xdp._prepare(config(xdp_max_flows=4096))
+                it.xdp._prepare(config(xdp_max_flows=4096), True)
 
         play(scene)
 
@@ -472,6 +485,15 @@ class TestLife:
             assert it.opened[-1][-1] is True
             assert it.planes[0].calls == ["close"]
             assert len(it.planes[1].applied) == 1
+
+        play(scene)
+
+    def test_where_the_other_one_has_none_ours_ends_with_us(self) -> None:
+        async def scene(it: Scene) -> None:
+            await it.start(config())
+            await it.xdp.hold()
+            await it.xdp.part()
+            assert it.plane.wanted.is_closing
 
         play(scene)
 

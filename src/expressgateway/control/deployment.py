@@ -139,6 +139,12 @@ class Deployment:
         how = KEEP if keeps_sockets else CLOSE
         await asyncio.gather(self.fleet.drain(budget_s, how), self.xdp.drain(budget_s - drain.MARGIN_S))
 
+    async def make_way(self, xdp_pins: str | None, budget_s: float, on_left: Callable[[], None]) -> None:
+        """Another supervisor serves: see `Fleet.make_way`. `xdp_pins`: where it has the XDP program."""
+        if xdp_pins != self.xdp.pin_path:
+            await self.xdp.part()
+        await self.fleet.make_way(budget_s, on_left)
+
     async def end(self) -> None:
         """End what is left of the workers, now. Idempotent."""
         self.fleet.kill()

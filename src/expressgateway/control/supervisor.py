@@ -475,7 +475,8 @@ class Supervisor:
         deployment.book.close()
         with self._telling(deployment):
             self.progress.enter(drain.FINISH, time.monotonic())
-            await deployment.fleet.make_way(budget_s, partial(self._on_left, successor))
+            on_left = partial(self._on_left, successor)
+            await deployment.make_way(successor.xdp_pins, budget_s, on_left)
             self.progress.leave(time.monotonic())
         self._tell_drained(deployment)
 

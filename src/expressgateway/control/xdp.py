@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 from expressgateway.config.blocks import Runtime
 from expressgateway.config.schema import Config
 from expressgateway.control.failures import StartError
-from expressgateway.control.xdp_wanted import Ask, wanted_of
+from expressgateway.control.xdp_wanted import Ask, pools_of, versions_of, wanted_of
 from expressgateway.l4.xdp.devices import forwarding_off, ifindex_of
 from expressgateway.l4.xdp.faults import XdpError, no_forwarding, no_interface
 from expressgateway.l4.xdp.plane import DataPlane
@@ -124,22 +124,23 @@ class Xdp:
             self.is_detached = False
             return
         try:
-            await self._call(self._prepare, config)
+            await self._call(self._prepare, config, is_read)
         except XdpError as error:
             raise StartError(f"XDP: {error}") from None
         self.is_detached = False
         self._status = await self._call(self._look)
 
-    def _prepare(self, config: Config) -> None:
+    def _prepare(self, config: Config, is_read: bool) -> None:
         runtime = config.runtime
-        interfaces = runtime.xdp_interface or ()
-        for name in interfaces:
-            if not ifindex_of(name):
-                raise no_interface(name)
-        versions = wanted_of(config, self._ask).versions
-        if wanting := forwarding_off(list(interfaces), versions):
-            raise no_forwarding(wanting)
         plane, before = self._plane, self._runtime
+        interfaces = runtime.xdp_interface or ()
+        known = (before.xdp_interface or ()) if before is not None else ()
+        for name in interfaces:
+            # One that has gone while we run is waited for, and no reason to refuse another change.
+            if name not in known and not ifindex_of(name):
+                raise no_interface(name)
+        if is_read and (wanting := forwarding_off(list(interfaces), versions_of(config))):
+            raise no_forwarding(wanting)
         if plane is None or before is None:
             self._plane = self._opened(runtime)
         elif (before.xdp_pin_path, before.xdp_max_flows) != (runtime.xdp_pin_path, runtime.xdp_max_flows):
@@ -181,6 +182,7 @@ class Xdp:
             self._retires_at = time.monotonic() + max(drains_s, default=0.0)
             log.info("XDP is turned off: flows go on for %.0f seconds at most", max(drains_s, default=0.0))
         await self._apply()
+        self._takes_over = False
         if is_first and self.fault:
             raise StartError(f"XDP: {self.fault}")
 
@@ -192,10 +194,13 @@ class Xdp:
             self._say(str(error))
         await self.adopt(config)
 
-    def _wanted(self) -> Wanted:
-        if self._config is None:
-            return Wanted()
-        return wanted_of(self._config, self._ask, is_closing=self._is_closing)
+    def _wanted(self) -> Callable[[], Wanted]:
+        """What is wanted now, to be worked out on the thread: with a thousand backends it takes a while."""
+        config, is_closing = self._config, self._is_closing
+        if config is None:
+            return Wanted
+        known = {name: self._ask(name) for name in pools_of(config)}
+        return lambda: wanted_of(config, known.__getitem__, is_closing=is_closing)
 
     async def _apply(self) -> None:
         """What is wanted now. What goes wrong is said, and tried again."""
@@ -205,7 +210,7 @@ class Xdp:
         self._dirty = False
         wanted = self._wanted()
         try:
-            await self._call(plane.apply, wanted)
+            await self._call(lambda: plane.apply(wanted()))
         except XdpError as error:
             self._dirty = True
             self._say(str(error))
@@ -320,7 +325,13 @@ class Xdp:
             self._say(str(error))
         else:
             await self._call(before.close)
+        self._takes_over = False
         await self._apply()
+
+    async def part(self) -> None:
+        """It did, and has no program, or another place for it: ours ends with us."""
+        self._is_held = False
+        await self.stop_accepting()
 
     # -- the end
 

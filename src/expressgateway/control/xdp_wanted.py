@@ -39,6 +39,16 @@ def served(config: Config) -> tuple[Listener, ...]:
     return tuple(listener for listener in config.listeners if listener.xdp)
 
 
+def versions_of(config: Config) -> set[int]:
+    """Of IP, that the VIPs are of."""
+    return {vip.address.version for vip in _vips(config)}
+
+
+def pools_of(config: Config) -> set[str]:
+    """The names of the pools that VIPs send work to."""
+    return {vip.pool for vip in _vips(config)}
+
+
 def wanted_of(config: Config, ask: Ask, *, is_closing: bool = False) -> Wanted:
     """Everything, where `runtime.xdp_enabled`; else nothing."""
     if not config.runtime.xdp_enabled:

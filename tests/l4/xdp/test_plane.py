@@ -218,11 +218,24 @@ class TestAttaching:
         (one,) = plane.attachments.each.values()
         assert list(libbpf.attached(one.ifindex).values()) == [plane.program_id]
 
-    def test_forwarding_has_to_be_on(self, plane: DataPlane, namespace: Namespace) -> None:
-        namespace.sysctl(ipv4__conf__e0__forwarding=0, ipv6__conf__e0__forwarding=1)
-        plane.check(["e0"], {6})
-        with pytest.raises(XdpError, match=r"sysctl -w net\.ipv4\.conf\.e0\.forwarding=1`"):
-            plane.check(["e0"], {4, 6})
+    def test_one_that_is_gone_is_waited_for(self, plane: DataPlane, namespace: Namespace) -> None:
+        namespace.ip("link del e0")
+        plane.watch()
+        plane.attachments.attach(("e0", "f0"), "auto")
+        assert [(one.name, one.is_attached) for one in plane.attachments.each.values()] == [
+            ("e0", False),
+            ("f0", True),
+        ]
+        namespace.ip("link add e0 type veth peer name e1", "link set e0 up", "link set e1 up")
+        assert plane.watch()
+        assert plane.attachments.each["e0"].is_attached
+
+    def test_maps_of_another_layout_go_with_who_used_them(self, plane: DataPlane, pins: Path) -> None:
+        other = pins / "layout0"
+        other.mkdir()
+        plane.keep_neighbours()
+        assert not other.exists()
+        assert maps_directory(pins).exists()
 
     def test_a_name_with_a_dot(self, namespace: Namespace, pins: Path) -> None:
         namespace.ip("link set e0 name e0.x", "link set e0.x up")

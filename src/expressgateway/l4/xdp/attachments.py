@@ -63,6 +63,7 @@ class Attachments:
         made: list[Attachment] = []
         kept: dict[str, Attachment] = {}
         before_mode, self.mode = self.mode, mode
+        gone = {name for name, one in self.each.items() if not one.is_attached}
         changed = [name for name in names if name in self.each and mode not in (before_mode, AUTO)]
         for name in changed:
             if self.each[name].mode != mode:
@@ -70,7 +71,8 @@ class Attachments:
         try:
             for name in names:
                 one = self.each.get(name)
-                if one is None or not one.is_attached:
+                # One that is waited for is waited for (`watch`), and no reason to refuse another.
+                if one is None or not (one.is_attached or name in gone):
                     one = Attachment(name)
                     self._attach(one)
                     made.append(one)

@@ -21,6 +21,8 @@ OBJECT: Final = Path(__file__).parent / "bpf" / "balancer.bpf.o"
 FLOWS: Final = ("flows4", "flows6")
 OPENING: Final = ("opening4", "opening6")
 """Where flows begin; see `layout.h`."""
+MAPS: Final = "layout"
+"""Begins the name of a directory of maps; their layout's number ends it."""
 NAMES: Final = "names"
 """A map of ours that the program does not know: by number, whose it is (see `numbers`)."""
 NAME_BYTES: Final = 16
@@ -73,7 +75,7 @@ class Kernel:
 
 
 def maps_directory(pin_path: Path) -> Path:
-    return pin_path / f"layout{layout.LAYOUT_VERSION}"
+    return pin_path / f"{MAPS}{layout.LAYOUT_VERSION}"
 
 
 def load(pin_path: Path, max_flows: int, source: Path = OBJECT) -> Kernel:

@@ -20,9 +20,9 @@ from typing import Any, Final
 from expressgateway.l4.xdp import bpffs
 from expressgateway.l4.xdp.attachments import Attachments
 from expressgateway.l4.xdp.denied import Denied
-from expressgateway.l4.xdp.devices import forwarding_off, ifindex_of, routers, source_towards
-from expressgateway.l4.xdp.faults import XdpError, check_capabilities, no_forwarding, no_interface, refused
-from expressgateway.l4.xdp.kernel import FLOWS, OPENING, Kernel, load
+from expressgateway.l4.xdp.devices import ifindex_of, routers, source_towards
+from expressgateway.l4.xdp.faults import XdpError, check_capabilities, no_interface, refused
+from expressgateway.l4.xdp.kernel import FLOWS, MAPS, OPENING, Kernel, load
 from expressgateway.l4.xdp.layout import (
     MAX_VIPS,
     Forwarding,
@@ -100,6 +100,7 @@ class DataPlane:
         self._maps = kernel.maps
         self.attachments = attachments
         self._lock = lock
+        self._is_alone = False
         self.pin_path = pin_path
         self._clock = clock
         cpus = possible_cpus()
@@ -197,11 +198,6 @@ class DataPlane:
                 known[key] = self._maps[name].get(key) or b""
 
     # -- what is wanted
-
-    def check(self, interfaces: Sequence[str], versions: set[int]) -> None:
-        """Whether packets of these versions of IP could be forwarded. Raises `XdpError`."""
-        if wanting := forwarding_off(list(interfaces), versions):
-            raise no_forwarding(wanting)
 
     def apply(self, wanted: Wanted) -> None:
         """Have the kernel do this from now on. Raises `XdpError`: then a part of it may be done."""
@@ -393,7 +389,11 @@ class DataPlane:
         before = dict(self._sources)
         self._look_up(list(before))
         self.hops = self._neighbours.keep(before, routers())
-        self._lock.take()  # when the process that we took over from is gone
+        if not self._is_alone and self._lock.take():  # the process that we took over from is gone
+            self._is_alone = True
+            for path in self.pin_path.glob(f"{MAPS}*"):
+                if path != self._kernel.pins:
+                    bpffs.remove(path)  # of a program of another layout
         return before != self._sources
 
     @property
