@@ -141,9 +141,12 @@ class Deployment:
 
     async def make_way(self, xdp_pins: str | None, budget_s: float, on_left: Callable[[], None]) -> None:
         """Another supervisor serves: see `Fleet.make_way`. `xdp_pins`: where it has the XDP program."""
-        if xdp_pins != self.xdp.pin_path:
+        leaving = self.fleet.make_way(budget_s, on_left)
+        if xdp_pins == self.xdp.pin_path:
+            await leaving
+        else:
             await self.xdp.part()
-        await self.fleet.make_way(budget_s, on_left)
+            await asyncio.gather(leaving, self.xdp.drain(budget_s - drain.MARGIN_S))
 
     async def end(self) -> None:
         """End what is left of the workers, now. Idempotent."""
