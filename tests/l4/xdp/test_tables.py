@@ -87,6 +87,17 @@ def test_tables_are_remembered_by_what_they_were_made_of() -> None:
     assert tables.ranks(members, 11) is not tables.ranks(members, SIZE)
 
 
+def test_a_table_that_nobody_asks_for_any_more_is_forgotten() -> None:
+    tables = Tables()
+    members = members_of(backends(1, 1))
+    first = tables.ranks(members, SIZE)
+    tables.forget_others()
+    assert tables.ranks(members, SIZE) is first
+    tables.forget_others()
+    tables.forget_others()
+    assert tables.ranks(members, SIZE) is not first
+
+
 def test_whoever_waits_has_a_turn_while_one_is_built() -> None:
     rests: list[int] = []
     tables = Tables(lambda: rests.append(1))

@@ -31,6 +31,8 @@ ENTRIES_OF_FLOW: Final = 2
 _OPENING_SHARE: Final = 4
 """Tables for flows that begin are that much smaller than those for the others."""
 
+_SCRATCH: Final = "works"
+"""What the program writes on, for the while of a packet: each program has its own, of its own shape."""
 _STATE: Final = ("vips", "tables", "backends", NAMES)
 """Maps that only make sense together: either all of them are taken over, or none."""
 
@@ -110,7 +112,7 @@ def _load(pins: Path, max_flows: int, source: Path) -> Kernel:
         thing.load()
         maps, programs = thing.maps, thing.programs
     for name, each in maps.items():
-        if name not in kept:
+        if name not in kept and name != _SCRATCH:
             _pin(each, pins / bpffs.file_name(name))
     if NAMES in kept:
         maps[NAMES] = kept.pop(NAMES)

@@ -222,6 +222,7 @@ class DataPlane:
             key = _key_of(vip)
             keys.add(key)
             self._set_vip(key, vip, pool, numbers.get(vip.pool, {}), is_closing=wanted.is_closing)
+        self._tables.forget_others()
         self._set_server_ids(wanted, numbers)
         for key, held in self._vips.items():
             if key not in keys and held.leaves_at_s is None:

@@ -22,7 +22,6 @@ LEAST_RAMP: Final = 0.05
 """Of its share a backend has from the beginning of its slow start: as in user space."""
 
 _STEPS: Final = 256  # of building, between two rests: half a millisecond
-_MAX_KEPT: Final = 512  # tables that are remembered
 _HASH: Final = 2654435761  # Knuth's, of the golden ratio
 
 
@@ -31,23 +30,28 @@ def members_of(backends: Sequence[WantedBackend]) -> Members:
 
 
 class Tables:
-    """Tables of ranks, remembered by what they were made of. To be used by one thread, which may be any."""
+    """Tables of ranks, remembered by what they were made of while somebody wants them (`forget_others`). To be
+    used by one thread, which may be any."""
 
     def __init__(self, rest: Callable[[], None] = lambda: time.sleep(0)) -> None:
         """`rest` is called between steps, so that other threads get their turn."""
         self._rest = rest
-        self._kept: dict[tuple[Members, int], array[int]] = {}  # at most _MAX_KEPT, oldest first
+        self._kept: dict[tuple[Members, int], array[int]] = {}
+        self._used: set[tuple[Members, int]] = set()
 
     def ranks(self, members: Members, size: int) -> "array[int]":
         """Of each slot, the place of its owner among the members."""
         key = (members, size)
-        found = self._kept.pop(key, None)
+        self._used.add(key)
+        found = self._kept.get(key)
         if found is None:
-            found = self._built(members, size)
-            while len(self._kept) >= _MAX_KEPT:
-                del self._kept[next(iter(self._kept))]
-        self._kept[key] = found
+            found = self._kept[key] = self._built(members, size)
         return found
+
+    def forget_others(self) -> None:
+        """Those that nobody has asked for since this was called before: a table is a quarter of a megabyte."""
+        self._kept = {key: self._kept[key] for key in self._used}
+        self._used.clear()
 
     def _built(self, members: Members, size: int) -> "array[int]":
         building = build(members, size)

@@ -260,7 +260,7 @@ static __always_inline void note(struct work *work, const struct packet *packet,
 /* A client that goes on is one: its flow takes its place among the others. False if half of it is lost already. */
 static __noinline bool establish(struct work *work, const struct packet *packet, const struct flow *flow)
 {
-	struct flow *other;
+	struct flow *other = NULL;
 
 	work->flow = *flow;
 	work->flow.flags &= ~FLOW_OPENING;
@@ -278,6 +278,9 @@ static __noinline bool establish(struct work *work, const struct packet *packet,
 	}
 	put(&packet->tuple, &work->flow, packet->is_v6, false);
 	forget_in(&packet->tuple, packet->is_v6, true);
+	/* As in `begin`: the second entry's room may have been the first one's. */
+	if (other && !find_in(&work->twin, packet->is_v6, false))
+		put(&work->twin, &work->answers, packet->is_v6, false);
 	return true;
 }
 
