@@ -30,8 +30,9 @@ def members_of(backends: Sequence[WantedBackend]) -> Members:
 
 
 class Tables:
-    """Tables of ranks, remembered by what they were made of while somebody wants them (`forget_others`). To be
-    used by one thread, which may be any."""
+    """Tables of ranks, remembered by what they were made of while somebody wants them (`forget_others`).
+
+    To be used by one thread, which may be any."""
 
     def __init__(self, rest: Callable[[], None] = lambda: time.sleep(0)) -> None:
         """`rest` is called between steps, so that other threads get their turn."""
@@ -49,7 +50,7 @@ class Tables:
         return found
 
     def forget_others(self) -> None:
-        """Those that nobody has asked for since this was called before: a table is a quarter of a megabyte."""
+        """What nobody has asked for since this was called before. A table is a quarter of a megabyte."""
         self._kept = {key: self._kept[key] for key in self._used}
         self._used.clear()
 
