@@ -9,15 +9,15 @@ RUN := $(VENV)/.run
 DEV := $(VENV)/.dev
 BENCH := $(VENV)/.bench
 # What tests and bench use beside the virtual environment; installed by tools/setup_system.sh when root.
-PACKAGES := nginx libnginx-mod-stream haproxy wrk nghttp2-client nghttp2-server curl openssl python3-venv iproute2 chromium-headless-shell systemd prometheus:usr/bin/promtool
+PACKAGES := nginx libnginx-mod-stream haproxy wrk nghttp2-client nghttp2-server curl openssl python3-venv iproute2 chromium-headless-shell systemd clang llvm libbpf-dev libbpf1 prometheus:usr/bin/promtool
 
 # Three processes, a file of tests to each: most tests wait for time to pass, and none shares anything.
 PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 # Where properties are tested: `make fuzz` tries each a hundred times as often as the suite does.
-FUZZED := tests/wire tests/config/test_fuzz.py tests/config/test_positions.py tests/demo/test_http.py
+FUZZED := tests/wire tests/config/test_fuzz.py tests/config/test_positions.py tests/demo/test_http.py tests/l4/xdp/test_properties.py tests/l4/xdp/test_server_ids.py
 
-.PHONY: run test lint types check dist bench soak outage rolling fuzz format system clean
+.PHONY: run test lint types check dist bpf bench soak outage rolling fuzz format system clean
 
 run: $(RUN)
 	$(BIN)/expressgateway demo
@@ -41,6 +41,10 @@ format: $(DEV)
 # The wheel and the source distribution, in dist/.
 dist: $(DEV)
 	$(BIN)/python -m build
+
+# The XDP program's object, which is committed: it is made anew after every change of its source.
+bpf: system
+	sh tools/build_bpf.sh
 
 bench: $(BENCH) system
 	$(BIN)/python -m bench --write

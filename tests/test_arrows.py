@@ -32,6 +32,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "net.quic.spares",
         "net.quic.steering",
         "net.quic.verify",
+        "l4.xdp",
     ),
     "worker": (
         "wire",
@@ -115,6 +116,20 @@ def wrong_arrows(name: str, tree: ast.Module) -> list[str]:
 @pytest.mark.parametrize("name", sources())
 def test_imports_point_the_right_way(name: str) -> None:
     assert wrong_arrows(name, sources()[name]) == []
+
+
+def test_what_the_supervisor_has_of_l4_knows_no_transport() -> None:
+    """`l4/xdp` is control's: it must not bring a worker's rooms with it."""
+    rooms = ("net", "proxy", "wire", "l4.tcp", "l4.udp", "l4.passthrough")
+    found = [
+        (name, imported)
+        for name, tree in sources().items()
+        if name.startswith("l4/xdp/")
+        for imported in imports(name, tree)
+        if imported.removeprefix("expressgateway.").startswith(rooms)
+        and imported.startswith("expressgateway.")
+    ]
+    assert found == []
 
 
 def test_every_room_is_in_the_table_and_every_word_of_the_table_is_there() -> None:

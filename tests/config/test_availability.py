@@ -12,8 +12,8 @@ from expressgateway.config.validate import validate
 DONE = {
     "": "listeners pools runtime observability admin security passthrough",
     "listeners": "name address protocol tls quic alt_svc http h2_security websocket grpc drain_timeout_ms "
-    "drain_jitter_ms proxy_protocol h2c backends routes pool load_balancing health outlier retry "
-    "circuit_breaker",
+    "xdp xdp_forwarding drain_jitter_ms proxy_protocol h2c backends routes pool load_balancing health outlier "
+    "retry circuit_breaker",
     "listeners.tls": "cert_path key_path ocsp_path certificates client_auth client_ca_path "
     "ticket_rotation_interval_seconds "
     "ticket_rotation_overlap_seconds",
@@ -57,7 +57,9 @@ DONE = {
     "pools.retry": "attempts on budget_percent per_try_timeout_ms",
     "pools.circuit_breaker": "max_connections max_requests pool_max_connections pool_max_requests "
     "max_pending pending_timeout_ms",
-    "runtime": "workers xdp_enabled max_requests_per_h3_connection "
+    "runtime": "workers xdp_enabled xdp_interface xdp_mode xdp_new_flow_cap_per_sec_per_cpu xdp_max_flows "
+    "xdp_source_ports xdp_tcp_idle_timeout_seconds xdp_udp_idle_timeout_seconds "
+    "xdp_closing_timeout_seconds xdp_denied xdp_pin_path max_requests_per_h3_connection "
     "drain_timeout_ms readiness_settle_ms drain_jitter_ms "
     "handshake_timeout_ms "
     "max_inflight_connections connect_timeout_ms per_ip_connection_cap header_underscore_policy "
@@ -71,7 +73,7 @@ DONE = {
     "security": "strict_te",
     "passthrough": "bind_addr backends retry_secret_path max_quic_connections min_client_dcid_len "
     "per_flow_backlog strict_source_binding audit_throttle_window_secs max_dcid_len_routed mint_retry "
-    "flow_idle_timeout_ms per_ip_flow_cap cid_routing",
+    "flow_idle_timeout_ms per_ip_flow_cap cid_routing xdp xdp_forwarding",
     "passthrough.cid_routing": "config_id server_id_length key",
 }
 """What this version does. A key that appears here needs the code that makes it take effect."""

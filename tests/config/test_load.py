@@ -48,7 +48,7 @@ def test_examples_load_without_a_warning(example: Path, tmp_path: Path) -> None:
 
 def test_examples_of_this_version_are_there() -> None:
     names = {"tcp", "tls", "udp", "h1", "h1s", "h1s-websocket", "routes", "canary", "sticky", "hardened"}
-    names |= {"default", "quic-h3"}
+    names |= {"default", "quic-h3", "xdp"}
     assert names <= {path.stem for path in EXAMPLES}
 
 

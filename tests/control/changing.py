@@ -41,6 +41,25 @@ DOCUMENT: dict[str, Any] = {
     ],
     "pools": [{"name": ODD, "backends": [{"address": "127.0.0.1:9002"}]}],
 }
+TRAFFIC: shapes.XdpTraffic = {
+    "in_packets": 10,
+    "in_bytes": 1000,
+    "out_packets": 8,
+    "out_bytes": 8000,
+    "flows": 4,
+}
+FLOW: shapes.XdpFlow = {
+    "listener": "web",
+    "protocol": "tcp",
+    "client": "198.51.100.7:40000",
+    "vip": "192.0.2.1:80",
+    "forwarding": "nat",
+    "pool": "web",
+    "backend": "b1",
+    "source": "10.0.0.254:12345",
+    "state": "open",
+    "idle_s": 0.25,
+}
 ADDRESSES = {"name.test": ("10.0.0.1", "10.0.0.2")}
 
 
@@ -63,6 +82,9 @@ class FakeGateway:
         self.renewed = Outcome(UNCHANGED, ("nothing is newer",))
         self.before_change: Callable[[], None] = lambda: None
         """What happens while a change waits for its turn."""
+        self.asked: list[int] = []
+        """For how many flows."""
+        self.is_detached = False
 
     def unready(self) -> str | None:
         return self.reason
@@ -98,6 +120,58 @@ class FakeGateway:
 
     async def connections(self, limit: int) -> shapes.Connections:
         return {"open": 0, "looked_at": 0, "silent_workers": [], "listeners": [], "listed": []}
+
+    async def xdp(self) -> shapes.Xdp:
+        return {
+            "state": "attached",
+            "fault": "",
+            "pin_path": "/sys/fs/bpf/expressgateway",
+            "program_id": 7,
+            "is_adopted": False,
+            "flows": 1,
+            "flows_ipv4": 1,
+            "flows_ipv6": 0,
+            "flows_opening": 0,
+            "max_flows": 65536,
+            "flows_ended": 3,
+            "evictions": 0,
+            "next_hops": 2,
+            "interfaces": [
+                {"name": "eth0", "ifindex": 2, "mode": "native", "is_attached": True, "fault": ""},
+                {
+                    "name": "eth1",
+                    "ifindex": 0,
+                    "mode": "",
+                    "is_attached": False,
+                    "fault": "the interface is gone",
+                },
+            ],
+            "listeners": [
+                {
+                    "name": "web",
+                    "address": "192.0.2.1:80",
+                    "protocol": "tcp",
+                    "forwarding": "nat",
+                    "pool": "web",
+                    "backends": 1,
+                    "stateless_packets": 0,
+                    "passed": {"no_flow": 2},
+                    "dropped": {"denied": 5},
+                    **TRAFFIC,
+                }
+            ],
+            "backends": [{"pool": "web", "id": "b1", **TRAFFIC}],
+            "left_out": [{"pool": "web", "backend": "b2", "cause": "there is no route to it"}],
+            "nobodys": {"fragment": 1},
+        }
+
+    async def xdp_flows(self, limit: int) -> shapes.XdpFlows:
+        self.asked.append(limit)
+        return {"flows": [FLOW] * min(limit, 2), "total": 9}
+
+    async def detach_xdp(self) -> bool:
+        self.is_detached = not self.is_detached
+        return self.is_detached
 
     def log_level(self) -> str:
         return self.level

@@ -149,6 +149,17 @@ CASES: Final[dict[str, Case]] = {
         [('admin_rejects_total{reason="timeout"}', rising(5))],
     ),
     "QuicHandoversDropped": pair('quic_handovers_dropped_total{reason="full"}', rising(120), rising(6)),
+    "XdpNotAttached": (
+        [
+            ('xdp_attached{interface="e0",mode="none"}', flat(0)),
+            ('xdp_attached{interface="e1",mode="skb"}', flat(1)),
+        ],
+        [('xdp_attached{interface="e0",mode="native"}', flat(1))],
+    ),
+    "XdpFault": pair("xdp_fault", flat(1), flat(0)),
+    "XdpFlowsNearLimit": pair(
+        'xdp_flow_entries{family="ipv4"}', flat(950), flat(800), [("xdp_flow_entries_limit", flat(1000))]
+    ),
 }
 
 

@@ -41,7 +41,7 @@ ELSEWHERE = {
     "shutdown_drain_seconds": "tests/control/test_drain.py",
     "trace_spans_dropped": "tests/e2e/test_tracing.py",
     "trace_spans_exported": "tests/e2e/test_tracing.py",
-}
+} | {family: "tests/control/test_xdp.py" for family in CATALOGUE if family.startswith("xdp_")}
 """Families that need more than one gateway's usual work, and where they are seen."""
 
 

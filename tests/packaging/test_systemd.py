@@ -8,6 +8,7 @@ from pathlib import Path
 from expressgateway.config.blocks import Runtime
 from expressgateway.control.failures import EXIT_CONFIG
 from expressgateway.control.notify import FDSTORE
+from expressgateway.l4.xdp.faults import CAPABILITIES
 from tests.e2e.harness import need, program
 from tests.test_repository import ROOT
 
@@ -63,6 +64,24 @@ def test_the_service_is_confined(tmp_path: Path) -> None:
     service, _ = copies(tmp_path)
     code, output = analyze("security", "--offline=yes", "--no-pager", f"--threshold={EXPOSURE}", service)
     assert code == 0, output
+
+
+@needs_systemd
+def test_the_drop_in_for_xdp_verifies(tmp_path: Path) -> None:
+    service, socket = copies(tmp_path)
+    drop_in = tmp_path / f"{service.name}.d" / "xdp.conf"
+    drop_in.parent.mkdir()
+    drop_in.write_text((UNITS / "xdp.conf").read_text())
+    assert analyze("verify", service, socket) == (0, "")
+    drop_in.write_text(drop_in.read_text().replace("ProcSubset", "ProcSubsets"))
+    assert "ProcSubsets" in analyze("verify", service)[1]
+
+
+def test_the_drop_in_for_xdp_has_what_a_start_asks_for() -> None:
+    service = Unit("xdp.conf")["Service"]
+    assert service["CapabilityBoundingSet"] == service["AmbientCapabilities"]
+    assert set(service["AmbientCapabilities"].split()) == set(CAPABILITIES)
+    assert service["ReadWritePaths"] == str(Runtime().xdp_pin_path)
 
 
 def test_the_drain_has_the_time_it_may_take() -> None:

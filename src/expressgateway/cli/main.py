@@ -22,6 +22,7 @@ _COMMANDS: Final = {
     "certificates": "expressgateway.cli.admin_commands:certificates",
     "log-level": "expressgateway.cli.admin_commands:log_level",
     "backend": "expressgateway.cli.backend_commands:backend",
+    "xdp": "expressgateway.cli.xdp_commands:xdp",
     "demo": "expressgateway.cli.run_command:demo",
     "init": "expressgateway.cli.config_commands:init",
     "schema": "expressgateway.cli.config_commands:schema",

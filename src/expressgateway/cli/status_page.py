@@ -62,6 +62,9 @@ def _lines(picture: Row) -> Iterator[tuple[str, str]]:
     for part in (_listeners, _routes):
         yield "", ""
         yield from ((text, "") for text in part(picture))
+    if (xdp := picture.get("xdp")) is not None:
+        yield "", ""
+        yield from ((text, "") for text in _xdp(xdp))
     for pool in picture["pools"]:
         yield "", ""
         yield from ((text, "") for text in _pool(pool, picture["at"]))
@@ -73,6 +76,35 @@ def _lines(picture: Row) -> Iterator[tuple[str, str]]:
         if rows := picture[family]:
             yield "", ""
             yield from ((text, "") for text in _reasons(title, rows))
+
+
+def _xdp(xdp: Row) -> Iterator[str]:
+    where = ", ".join(
+        f"{one['name']} {one['mode'] if one['is_attached'] else '(not attached)'}"
+        for one in xdp["interfaces"]
+    )
+    yield f"in the kernel: {xdp['state']}; {where or 'nowhere'}; {xdp['flows']} flows"
+    yield from table_lines(
+        (
+            "LISTENER",
+            "FORWARDING",
+            "BACKENDS",
+            "FLOWS/S",
+            "PACKETS IN/S",
+            "OUT/S",
+            "PASSED ON/S",
+            "DROPPED/S",
+        ),
+        [
+            (
+                one["name"],
+                one["forwarding"],
+                one["backends"],
+                *(_rate(one[key]) for key in ("flows_ps", "in_pps", "out_pps", "passed_ps", "dropped_ps")),
+            )
+            for one in xdp["listeners"]
+        ],
+    )
 
 
 def _draining(drain: Row) -> str:

@@ -33,10 +33,6 @@ class Later:
 NOT_YET: Final = (
     Later("listeners.http.compression"),
     Later("listeners.routes.filters"),
-    Later("runtime.xdp_enabled", True),
-    Later("runtime.xdp_interface"),
-    Later("runtime.xdp_mode"),
-    Later("runtime.xdp_new_flow_cap_per_sec_per_cpu"),
 )
 
 _ROWS: Final[Mapping[str, tuple[Later, ...]]] = {

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Final, Literal
 from urllib.parse import urlsplit
 
@@ -27,6 +28,14 @@ from expressgateway.config.values import (
     Range,
     parse_path,
     shown,
+)
+from expressgateway.config.xdp import (
+    Forwarding,
+    Interfaces,
+    SourcePorts,
+    address_faults,
+    denied_faults,
+    vip_faults,
 )
 
 MAX_WORKERS = 256
@@ -114,15 +123,55 @@ class Runtime(Block):
         description="Resident memory of a worker. One that is over it is replaced by another one and drains: "
         "nothing is dropped. Not a limit of the kernel's, which would kill it.",
     )
-    xdp_enabled: bool = Field(default=False, description="Forward in the kernel where possible.")
-    xdp_interface: Annotated[str, Matches("the name of a network interface", r"[^\s/]{1,15}")] | None = Field(
-        default=None, description="Network interface the program is attached to; required when enabled."
+    xdp_enabled: bool = Field(
+        default=False,
+        description="Attach the program that forwards the packets of listeners with `xdp`. False: they are "
+        "served in user space.",
+    )
+    xdp_interface: Interfaces | None = Field(
+        default=None,
+        description="Network interfaces the program is attached to: those that packets of clients, and "
+        "answers of `nat` backends, come in by. Required when enabled.",
     )
     xdp_mode: Literal["auto", "native", "skb", "hw"] = Field(
-        default="auto", description="How it is attached."
+        default="auto",
+        description="How it is attached: by the interface's driver (`native`), by the kernel in front of its "
+        "stack (`skb`), on the card (`hw`). `auto` is `native`, or `skb` where the driver cannot.",
     )
     xdp_new_flow_cap_per_sec_per_cpu: Annotated[int, Range(1000, 10_000_000, zero="off")] = Field(
-        default=125_000, description="New flows a second on each CPU."
+        default=125_000,
+        description="New flows a second on each CPU that are remembered. Above it `dsr` forwards by Maglev's "
+        "table alone, and `nat` leaves new flows to user space.",
+    )
+    xdp_max_flows: Annotated[int, Range(1024, 4_000_000)] = Field(
+        default=65_536,
+        description="Flows remembered at once, of each address family. When there are more, those that have "
+        "been silent longest are forgotten.",
+    )
+    xdp_source_ports: SourcePorts = Field(
+        default="10000-32767",
+        description="Ports that `nat` flows come from, for each backend. Keep them out of "
+        "`net.ipv4.ip_local_port_range`.",
+    )
+    xdp_tcp_idle_timeout_seconds: Annotated[int, Range(1, 604_800, "seconds")] = Field(
+        default=3600, description="Silence after which a TCP flow is forgotten."
+    )
+    xdp_udp_idle_timeout_seconds: Annotated[int, Range(1, 86_400, "seconds")] = Field(
+        default=60, description="Silence after which a UDP flow is forgotten."
+    )
+    xdp_closing_timeout_seconds: Annotated[int, Range(1, 600, "seconds")] = Field(
+        default=10,
+        description="Time after which a TCP flow is forgotten that has ended (FIN from both sides, RST), or "
+        "whose first packet nobody answers.",
+    )
+    xdp_denied: Annotated[tuple[Network, ...], LIST] = Field(
+        default=(),
+        description="Networks (CIDR) whose packets to listeners with `xdp` are dropped.",
+    )
+    xdp_pin_path: FilePath = Field(
+        default=Path("/sys/fs/bpf/expressgateway"),
+        description="Directory on a BPF file system where the program and what it knows of flows stay when "
+        "the gateway is replaced, or dies. Each gateway of a machine needs its own.",
     )
     drain_timeout_ms: Annotated[int, DRAIN_TIMEOUT] = Field(
         default=10_000, description="Time connections have to finish when the process stops."
@@ -192,6 +241,7 @@ class Runtime(Block):
                 "name the network interface that clients come in by",
                 depends=(("xdp_interface",),),
             )
+        yield from denied_faults(self.xdp_denied)
 
 
 def _parse_log_path(value: object, info: ValidationInfo) -> str:
@@ -372,6 +422,12 @@ class Passthrough(Block):
     cid_routing: CidRouting | None = Field(
         default=None, description="QUIC-LB; absent = learned connection IDs."
     )
+    xdp: bool = Field(
+        default=False,
+        description="Have the kernel forward its packets, with `runtime.xdp_enabled`; needs `cid_routing` "
+        "without `key`. The limits of flows in this table are those of what is served in user space.",
+    )
+    xdp_forwarding: Forwarding = Field(default="nat", description="With `xdp`: as of listeners.")
 
     @model_validator(mode="before")
     @classmethod
@@ -408,6 +464,48 @@ class Passthrough(Block):
                     )
         yield from set_faults(("backends",), self.backends)
         yield from self._server_id_faults()
+        yield from self._xdp_faults()
+
+    def is_idle(self, key: str) -> bool:
+        return key == "xdp_forwarding" and not self.xdp
+
+    def _xdp_faults(self) -> Iterator[Fault]:
+        if not self.xdp:
+            if self.is_set("xdp_forwarding"):
+                yield Fault(
+                    ("xdp_forwarding",),
+                    "xdp_forwarding has no effect without xdp",
+                    "set xdp = true, or remove the key",
+                    depends=(("xdp",),),
+                )
+            return
+        yield from vip_faults(("bind_addr",), self.bind_addr)
+        yield from address_faults(("backends",), self.backends, self.bind_addr, self.xdp_forwarding)
+        if self.cid_routing is None:
+            yield Fault(
+                ("xdp",),
+                "xdp needs cid_routing: the kernel cannot learn connection IDs",
+                "add a cid_routing table with config_id and server_id_length, or remove xdp",
+                depends=(("cid_routing",),),
+            )
+        elif self.cid_routing.key is not None:
+            yield Fault(
+                ("cid_routing", "key"),
+                "with xdp server ids are in the clear: the kernel's program does not decrypt",
+                "remove key here and on the backends, or remove xdp",
+                depends=(("xdp",),),
+            )
+        for key, why in (
+            ("mint_retry", "the kernel answers no client"),
+            ("strict_source_binding", "the kernel goes by server ids, whatever address they come from"),
+        ):
+            if getattr(self, key):
+                yield Fault(
+                    (key,),
+                    f"{key} has no effect with xdp: {why}",
+                    "remove one of the two",
+                    depends=(("xdp",),),
+                )
 
     def _server_id_faults(self) -> Iterator[Fault]:
         if self.cid_routing is None:

@@ -43,6 +43,7 @@ from expressgateway.config.values import (
     listed,
     shown,
 )
+from expressgateway.config.xdp import XDP_FRONTS, Forwarding, address_faults, served_faults, vip_faults
 
 DRAIN_TIMEOUT: Final = Range(100, 300_000, "milliseconds")
 DRAIN_JITTER: Final = Range(0, 300_000, "milliseconds")
@@ -76,8 +77,13 @@ _ONLY_ON: Final = {
     "routes": ("h1", "h1s", "quic"),
     "proxy_protocol": ("tcp", "tls", "h1", "h1s"),
     "h2c": ("h1",),
+    "xdp": XDP_FRONTS,
+    "xdp_forwarding": XDP_FRONTS,
 }
 """Keys that make sense for some protocols only."""
+
+_SWITCHES: Final = ("proxy_protocol", "h2c", "xdp")
+"""Of these, the ones that are off when they are false."""
 
 _OF_HTTP2: Final = ("h2_security", "grpc")
 """Of these, the ones that an `h1` listener may have when it speaks HTTP/2 too (`h2c`)."""
@@ -136,6 +142,17 @@ class Listener(Block):
         "udp and quic.",
     )
     h2c: bool = Field(default=False, description="h1: also HTTP/2 with prior knowledge in clear text.")
+    xdp: bool = Field(
+        default=False,
+        description="tcp, udp: have the kernel forward its packets, with `runtime.xdp_enabled`; see "
+        "docs/xdp.md. What the kernel does not do is served in user space.",
+    )
+    xdp_forwarding: Forwarding = Field(
+        default="nat",
+        description="With `xdp`: `nat` rewrites both addresses, and answers come back through the gateway; "
+        "`dsr` gives packets another MAC address, for backends on the link that hold the listener's address; "
+        "`dsr_encapsulated` sends them in IP-in-IP to such backends anywhere.",
+    )
     backends: Annotated[tuple[Backend, ...], LIST] = Field(
         default=(), description="The unnamed pool of this listener."
     )
@@ -173,6 +190,8 @@ class Listener(Block):
     def is_idle(self, key: str) -> bool:
         if key in POOL_KEYS:
             return not (self.backends or (self.raw_proxy is not None and key in RAW_POOL_KEYS))
+        if key == "xdp_forwarding" and not self.xdp:
+            return True
         return key in _ONLY_ON and not self._may_have(key)
 
     @property
@@ -195,6 +214,7 @@ class Listener(Block):
         yield from self._protocol_faults()
         yield from self._backend_faults()
         yield from self._route_faults()
+        yield from self._xdp_faults()
         if self.is_set("drain_timeout_ms") and self.is_set("drain_jitter_ms"):
             yield from jitter_faults(self.drain_jitter_ms, self.drain_timeout_ms)
 
@@ -224,7 +244,7 @@ class Listener(Block):
                 )
         for key, fronts in _ONLY_ON.items():
             where = listed(on_offer("listeners.protocol", fronts) or fronts)
-            asked = getattr(self, key) is True if key in ("proxy_protocol", "h2c") else self.is_set(key)
+            asked = getattr(self, key) is True if key in _SWITCHES else self.is_set(key)
             if asked and not self._may_have(key):
                 is_near = key in _OF_HTTP2 and self.protocol == "h1"
                 yield Fault(
@@ -300,6 +320,30 @@ class Listener(Block):
         yield from protocol_faults(("backends",), self.backends)
         yield from backend_faults(self.protocol, ("backends",), self.backends)
         yield from raw_faults(self) if raw_proxy else tuning_faults((), self, (self.protocol,))
+
+    def _xdp_faults(self) -> Iterator[Fault]:
+        if self.protocol not in XDP_FRONTS:
+            return
+        if not self.xdp:
+            if self.is_set("xdp_forwarding"):
+                yield Fault(
+                    ("xdp_forwarding",),
+                    "xdp_forwarding has no effect without xdp",
+                    "set xdp = true, or remove the key",
+                    depends=(("xdp",),),
+                )
+            return
+        yield from vip_faults(("address",), self.address)
+        if self.proxy_protocol:
+            yield Fault(
+                ("proxy_protocol",),
+                "proxy_protocol has no effect on a listener with xdp: the kernel forwards packets unread",
+                "remove one of the two",
+                depends=(("xdp",),),
+            )
+        if self.backends:
+            yield from served_faults((), self)
+            yield from address_faults(("backends",), self.backends, self.address, self.xdp_forwarding)
 
     def _route_faults(self) -> Iterator[Fault]:
         yield from route_faults("routes", self.routes)

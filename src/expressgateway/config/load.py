@@ -26,7 +26,7 @@ from expressgateway.config.policies import policy_problems
 from expressgateway.config.pools import nearest
 from expressgateway.config.schema import Config
 from expressgateway.config.validate import validate
-from expressgateway.config.values import shown
+from expressgateway.config.values import Loc, shown
 
 MAX_CONFIG_BYTES: Final = 16 * 1024 * 1024
 """The largest configuration file read."""
@@ -182,11 +182,36 @@ def _idle_problems(config: Config) -> Iterator[Problem]:
                 else "lower it",
                 severity="warning",
             )
+    yield from _xdp_problems(config)
     if config.observability.metrics_bind is None and config.admin.api_token_hash is not None:
         yield Problem(
             ("admin", "api_token_hash"),
             "there is no admin listener to protect",
             "set observability.metrics_bind, or remove the key",
+            severity="warning",
+        )
+
+
+def _xdp_problems(config: Config) -> Iterator[Problem]:
+    asking: list[Loc] = [
+        ("listeners", index, "xdp") for index, listener in enumerate(config.listeners) if listener.xdp
+    ]
+    if config.passthrough is not None and config.passthrough.xdp:
+        asking.append(("passthrough", "xdp"))
+    if config.runtime.xdp_enabled:
+        if not asking:
+            yield Problem(
+                ("runtime", "xdp_enabled"),
+                "no listener has xdp, so the kernel forwards nothing",
+                "set xdp = true in a listener",
+                severity="warning",
+            )
+        return
+    for loc in asking:
+        yield Problem(
+            loc,
+            "runtime.xdp_enabled is false: it is served in user space",
+            "set xdp_enabled = true and xdp_interface in [runtime]",
             severity="warning",
         )
 

@@ -236,7 +236,8 @@ class LoadBalancing(Block):
     ) = Field(
         default=None,
         description="What `maglev`, `ring_hash` and `session_affinity` hash; a request without it is "
-        "balanced at random.",
+        "balanced at random. On a listener with `xdp` flows are hashed by the client's address and port; "
+        'with `"client_ip"`, written down, by its address alone.',
         json_schema_extra={"default_text": "`client_ip` for `maglev` and `ring_hash`"},
     )
     slow_start_ms: Annotated[int, Range(0, 3_600_000, "milliseconds")] = Field(
@@ -283,6 +284,8 @@ class LoadBalancing(Block):
             )
 
     def is_idle(self, key: str) -> bool:
+        if key == "hash_key" and self.policy == "maglev" and not self.is_set(key):
+            return True  # the default is not the same as the key on a listener with `xdp`
         return key in _KNOBS and self.policy not in _KNOBS[key] and ":" not in self.policy
 
 

@@ -42,6 +42,7 @@ from expressgateway.config.routes import Route
 from expressgateway.config.tls import Certificate, ListenerTls, Quic, RawProxy
 from expressgateway.config.tuning import tuning_faults
 from expressgateway.config.values import LIST, Address, Block, Fault, Loc, shown
+from expressgateway.config.xdp import MAX_VIPS, address_faults, served_faults
 
 # How many values the labels of metrics can have that do not come from the configuration. This room knows no
 # metrics: a test holds these numbers against those who count.
@@ -235,6 +236,7 @@ class Config(Block):
         yield from self._address_faults()
         yield from self._pool_faults()
         yield from self._runtime_faults()
+        yield from self._xdp_faults()
         yield from self._admin_faults()
 
     def _name_faults(self) -> Iterator[Fault]:
@@ -364,6 +366,32 @@ class Config(Block):
                     'add the networks of your load balancers, as in trusted_proxies = ["10.0.0.0/8"]',
                     depends=(("runtime", "trusted_proxies"),),
                 )
+
+    def _xdp_faults(self) -> Iterator[Fault]:
+        listeners = [listener for listener in self.listeners if listener.xdp]
+        is_mode_a = self.passthrough is not None and self.passthrough.xdp
+        if len(listeners) + is_mode_a > MAX_VIPS:
+            yield Fault(
+                ("listeners", self.listeners.index(listeners[MAX_VIPS - is_mode_a]), "xdp"),
+                f"expected at most {MAX_VIPS} listeners with xdp, found {len(listeners) + is_mode_a}",
+                "serve the others in user space",
+            )
+        indices = {pool.name: index for index, pool in enumerate(self.pools)}
+        told: set[str] = set()
+        for listener in listeners:
+            name = listener.pool
+            if name is None or name not in indices:
+                continue
+            where: Loc = ("pools", indices[name])
+            pool = self.pools[indices[name]]
+            if name not in told:
+                told.add(name)
+                yield from served_faults(where, pool, shown(listener.name))
+            user = shown(listener.name)
+            backends: Loc = (*where, "backends")
+            yield from address_faults(
+                backends, pool.backends, listener.address, listener.xdp_forwarding, user
+            )
 
     def _admin_faults(self) -> Iterator[Fault]:
         bind = self.observability.metrics_bind

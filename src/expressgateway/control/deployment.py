@@ -26,6 +26,8 @@ from expressgateway.control.traces import Traces
 from expressgateway.control.upstreams import Upstreams
 from expressgateway.control.worker_process import CLOSE, KEEP, Launch, Snapshot
 from expressgateway.control.workers import PATIENT, Fleet, Timing
+from expressgateway.control.xdp import Xdp
+from expressgateway.control.xdp_samples import samples_of
 from expressgateway.observe.counters import Sample
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,8 @@ class Heritage:
     """The one that is made at every start; see `secrets`."""
     states: list[tuple[str, str, str, str]] = field(default_factory=list)
     """Of backends, as `HealthBoard.kept` gives them."""
+    is_upgrade: bool = False
+    """Whether the other supervisor still runs."""
 
 
 class Deployment:
@@ -71,7 +75,8 @@ class Deployment:
         self._keys_adopted = asyncio.Event()
         self._command = command
         self._log_level: list[Message] = []  # the one that was set while it ran, if any
-        self.upstreams = Upstreams(self.broadcast)
+        self.upstreams = Upstreams(self._tell_of_backends)
+        self.xdp = Xdp(self.upstreams.known, takes_over=heritage.is_upgrade)
         self._traces = Traces()
         self._heritage = heritage
         self.fleet = Fleet(
@@ -113,7 +118,9 @@ class Deployment:
         self.fleet.launch = Launch(self.seats, identity, self._command)
         self._take_limits(config)
         self.book.keep_from(count)
+        await self.xdp.prepare(config)
         await self.fleet.start(snapshot, count, gate)
+        await self.xdp.adopt(config, is_first=True)
 
     def _take_limits(self, config: Config) -> None:
         self.fleet.leave_s = drain.budget_s(config)
@@ -128,15 +135,31 @@ class Deployment:
         """Stop accepting, let everything end; see `Fleet.drain`. ``keeps_sockets``: somebody has copies of
         the sockets and will serve them."""
         self.book.close()
-        await self.fleet.drain(budget_s, KEEP if keeps_sockets else CLOSE)
+        await self.xdp.stop_accepting()
+        how = KEEP if keeps_sockets else CLOSE
+        await asyncio.gather(self.fleet.drain(budget_s, how), self.xdp.drain(budget_s - drain.MARGIN_S))
+
+    async def make_way(self, xdp_pins: str | None, budget_s: float, on_left: Callable[[], None]) -> None:
+        """Another supervisor serves: see `Fleet.make_way`. `xdp_pins`: where it has the XDP program."""
+        leaving = self.fleet.make_way(budget_s, on_left)
+        if xdp_pins == self.xdp.pin_path:
+            await leaving
+        else:
+            await self.xdp.part()
+            await asyncio.gather(leaving, self.xdp.drain(budget_s - drain.MARGIN_S))
 
     async def end(self) -> None:
         """End what is left of the workers, now. Idempotent."""
         self.fleet.kill()
         await self.fleet.close()
 
+    def open(self) -> dict[str, int]:
+        """What is open, by listener; flows that the kernel forwards by themselves."""
+        return self.fleet.open() | ({"xdp": self.xdp.flows} if self.xdp.is_on else {})
+
     async def close(self) -> None:
         await self._traces.close()
+        await self.xdp.close()
         self.upstreams.close()
         self.book.close()
         self.seats.close()
@@ -161,6 +184,10 @@ class Deployment:
 
     def broadcast(self, messages: list[Message]) -> None:
         self.fleet.broadcast(messages)
+
+    def _tell_of_backends(self, messages: list[Message]) -> None:
+        self.broadcast(messages)
+        self.xdp.poke()
 
     def reopen_log(self) -> None:
         """The access log's file may have been moved away, and a new one is wanted."""
@@ -202,6 +229,7 @@ class Deployment:
         prepared = self.book.prepare(config, count)
         try:
             await self.upstreams.prepare(loaded)
+            await self.xdp.prepare(config, is_read=pools is None)
             snapshot = self._snapshot(loaded, prepared, pools)
             if plan.rolls_workers:
                 launch = Launch(self.seats, identity, self._command)
@@ -211,10 +239,12 @@ class Deployment:
         except BaseException:
             self.book.abandon(prepared)
             self.upstreams.adopt(self.loaded)
+            await self.xdp.restore(self.config)
             raise
         if fault is not None:
             self.book.abandon(prepared)
             self.upstreams.adopt(self.loaded)
+            await self.xdp.restore(self.config)
             return fault
         # Workers empty the queues of sockets that nobody has any more, and close them, when they hear of it.
         close_all(self.book.adopt(prepared, count))
@@ -222,6 +252,7 @@ class Deployment:
         self.version += 1
         self._take_limits(config)
         self.upstreams.adopt(loaded)
+        await self.xdp.adopt(config)
         if pools is None:
             self._traces.use(config)
             self.keys.adopt(keys)
@@ -269,5 +300,6 @@ class Deployment:
         yield from self.fleet.samples()
         yield from self.upstreams.samples()
         yield from self._traces.samples()
+        yield from samples_of(self.xdp)
         for name, count in list(self.fleet.aborted.items()):
             yield "shutdown_aborted_connections", (name,), count

@@ -1,5 +1,6 @@
 """What the admin listener is told of a supervisor, and has it do: `admin.endpoints.Gateway`."""
 
+import asyncio
 import platform
 import time
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from expressgateway.control.admin.scrapes import Scrapes
 from expressgateway.control.changes import Change, ChangeError
 from expressgateway.control.phase import Phase
 from expressgateway.control.reload import Check, FromFile, Outcome, Renewal
+from expressgateway.control.xdp_samples import samples_of
+from expressgateway.control.xdp_shown import shown_flow, shown_xdp
+from expressgateway.l4.xdp.faults import XdpError
 from expressgateway.observe import logs
 from expressgateway.observe.counters import Sample
 
@@ -64,8 +68,10 @@ class Front:
         if deployment is None:
             return Facts(self.status(), self._of.running.config, drain=drained)
         board = deployment.upstreams.board
-        own = tuple(self._of.certificates.samples())
-        return Facts(self.status(), deployment.config, deployment.fleet, board, drained, own)
+        xdp = deployment.xdp
+        own = (*self._of.certificates.samples(), *samples_of(xdp))
+        shown_now = shown_xdp(xdp, deployment.config) if xdp.is_on or xdp.is_detached else None
+        return Facts(self.status(), deployment.config, deployment.fleet, board, drained, own, shown_now)
 
     def config(self) -> shapes.EffectiveConfig:
         return shown.config(self._of.running, self._of.reloads)
@@ -81,6 +87,30 @@ class Front:
 
     async def connections(self, limit: int) -> shapes.Connections:
         return await shown.connections(self._of.deployment, limit)
+
+    async def xdp(self) -> shapes.Xdp:
+        deployment = self._of.deployment
+        if deployment is None:
+            raise ChangeError(503, "the gateway is starting")
+        await deployment.xdp.refresh()
+        return shown_xdp(deployment.xdp, deployment.config)
+
+    async def xdp_flows(self, limit: int) -> shapes.XdpFlows:
+        deployment = self._of.deployment
+        if deployment is None:
+            raise ChangeError(503, "the gateway is starting")
+        try:
+            listed = await deployment.xdp.seen_flows(limit)
+        except XdpError as error:
+            raise ChangeError(503, f"the flows cannot be read now: {error}") from None
+        except TimeoutError:
+            raise ChangeError(503, "the flows cannot be read in time") from None
+        total = max(deployment.xdp.flows, len(listed))
+        return {"flows": [shown_flow(flow) for flow in listed], "total": total}
+
+    async def detach_xdp(self) -> bool:
+        deployment = self._of.deployment
+        return deployment is not None and await deployment.xdp.detach()
 
     def pools(self) -> list[dict[str, Any]]:
         return shown.pools(self._of.deployment)
@@ -117,9 +147,13 @@ class Front:
         if self._scrapes is None:
             if self._of.deployment is None:
                 return expose({}, accept)
-            fleet = self._of.deployment.fleet
-            self._scrapes = Scrapes(fleet.ledger, fleet.collect, self._samples)
+            self._scrapes = Scrapes(self._of.deployment.fleet.ledger, self._collect, self._samples)
         return await self._scrapes.answer(accept)
+
+    async def _collect(self) -> None:
+        deployment = self._of.deployment
+        if deployment is not None:
+            await asyncio.gather(deployment.fleet.collect(), deployment.xdp.refresh())
 
     def _samples(self) -> Iterator[Sample]:
         """Read piece by piece: whatever is walked over is a copy."""

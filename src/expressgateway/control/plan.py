@@ -24,7 +24,17 @@ _LISTENER_KIND: Final = "quic.raw_proxy"  # as a whole, when it is there on one 
 _LISTENER_POOL: Final = frozenset({"pool", *POOL_KEYS})
 _WORKERS_ROLLED: Final = frozenset({"user", "group"})
 _BLOCK_ROLLED: Final = frozenset(
-    {"runtime.workers", "runtime.user", "runtime.group", "observability.metrics_bind"}
+    {
+        "runtime.workers",
+        "runtime.user",
+        "runtime.group",
+        "runtime.xdp_enabled",
+        "runtime.xdp_interface",
+        "runtime.xdp_mode",
+        "runtime.xdp_max_flows",
+        "runtime.xdp_pin_path",
+        "observability.metrics_bind",
+    }
 )
 _BLOCKS: Final = ("runtime", "observability", "admin", "security")
 

@@ -159,6 +159,7 @@ class Supervisor:
             tasks.create_task(deployment.rotate_keys(), name="ticket keys"),
             tasks.create_task(self._notifier.watch(), name="signs of life"),
             tasks.create_task(self.certificates.watch(), name="certificates"),
+            tasks.create_task(deployment.xdp.run(), name="xdp"),
         ]
         try:
             if self._before is not None:
@@ -168,6 +169,8 @@ class Supervisor:
             if not self._now.is_set():
                 last = self._drain(deployment) if successor is None else self._leave(deployment, successor)
                 await _unless(self._now, last)
+            if successor is None or successor.xdp_pins != deployment.xdp.pin_path:
+                await deployment.xdp.end()
         finally:
             for task in background:
                 task.cancel()
@@ -359,7 +362,7 @@ class Supervisor:
         for warning in loaded.warnings:
             log.warning("%s", warning.text())
         difference = plan(deployment.loaded, loaded)
-        if difference.is_empty:
+        if difference.is_empty and not deployment.xdp.is_detached:
             self._made.clear()
             if isinstance(deployment.loaded, Changed):  # the file says now what had been changed while it ran
                 deployment.loaded = loaded
@@ -438,6 +441,7 @@ class Supervisor:
         log.info("upgrade: another process is started")
         successor = None
         deployment.fleet.hold()
+        await deployment.xdp.hold()
         try:
             successor = await Successor.start(self._options.upgrade_command or command())
             await successor.give(deployment, self._admin_socket, self._made, self._notifier.kept)
@@ -447,6 +451,7 @@ class Supervisor:
             if successor is not None:
                 await successor.end()
             await deployment.fleet.part()
+            await deployment.xdp.resume()
             self.upgrades.fail(asked, str(error))
             log.error("upgrade failed, this process goes on: %s", error)
         except asyncio.CancelledError:
@@ -472,7 +477,8 @@ class Supervisor:
         deployment.book.close()
         with self._telling(deployment):
             self.progress.enter(drain.FINISH, time.monotonic())
-            await deployment.fleet.make_way(budget_s, partial(self._on_left, successor))
+            on_left = partial(self._on_left, successor)
+            await deployment.make_way(successor.xdp_pins, budget_s, on_left)
             self.progress.leave(time.monotonic())
         self._tell_drained(deployment)
 
@@ -532,7 +538,7 @@ class Supervisor:
             await asyncio.sleep(_STATUS_LINE_S)
 
     def _open(self) -> dict[str, int]:
-        return self.deployment.fleet.open() if self.deployment is not None else {}
+        return self.deployment.open() if self.deployment is not None else {}
 
     @property
     def running(self) -> Loaded:

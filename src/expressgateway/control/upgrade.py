@@ -81,6 +81,8 @@ class Successor:
         self._parcels = sock
         self.seats: dict[int, int] = {}
         """Its workers' slots by their seats, once it is ready."""
+        self.xdp_pins: str | None = None
+        """Where it has the XDP program's pins, once it is ready; None: it has none."""
 
     @property
     def pid(self) -> int:
@@ -147,6 +149,7 @@ class Successor:
         )
         message = await self._receive("ready", READY_S)
         self.seats = {int(seat): int(slot) for seat, slot in message["seats"].items()}
+        self.xdp_pins = message.get("xdp_pins")
         for label, fd in parcels.receive(self._parcels):
             seat = seat_of(label)
             sock = socket.socket(fileno=fd)
@@ -273,6 +276,7 @@ class Predecessor:
             states=[
                 (str(pool), str(id_), str(state), str(cause)) for pool, id_, state, cause in message["states"]
             ],
+            is_upgrade=True,
         )
         self.kept = {str(name): int(inode) for name, inode in message["kept"].items()}
         for change in message["changes"]:
@@ -288,7 +292,13 @@ class Predecessor:
             parcels.send(self._parcels, [deployment.seats.writer(seat) for seat in places])
         except parcels.ParcelError as error:
             raise StartError(f"the gateway that was to be taken over from {error.strerror}") from None
-        self._channel.send({"type": "ready", "seats": {str(seat): slot for seat, slot in places.items()}})
+        self._channel.send(
+            {
+                "type": "ready",
+                "seats": {str(seat): slot for seat, slot in places.items()},
+                "xdp_pins": deployment.xdp.pin_path,
+            }
+        )
         try:
             async with asyncio.timeout(GO_S):
                 message = await self._channel.receive()

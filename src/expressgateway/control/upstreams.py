@@ -17,6 +17,7 @@ from expressgateway.control.discovery import Discovery
 from expressgateway.control.health import HealthBoard, PoolTargets, health_settings, outlier_settings
 from expressgateway.control.secrets import Secrets
 from expressgateway.control.targets import backend_settings
+from expressgateway.control.xdp_wanted import Known
 from expressgateway.observe.counters import Sample
 from expressgateway.upstream.backend import BackendSettings
 from expressgateway.upstream.discovery import expand, names_of
@@ -102,6 +103,11 @@ class Upstreams:
     def standing(self) -> list[Message]:
         """What a worker that was just configured has missed."""
         return [self._discovery.message(), self.board.message()]
+
+    def known(self, pool: str) -> Known:
+        """What is known of a pool, for whoever balances it beside the workers."""
+        found = expand(self._backends.get(pool, ()), self._discovery.answers())
+        return Known(tuple(found), self.board.message((pool,))["pools"].get(pool))
 
     # -- what can be seen
 

@@ -192,6 +192,46 @@ SUPERVISOR_FAMILIES: Final[dict[str, Family]] = {
     "shutdown_aborted_connections": Family(
         "counter", "Connections still open at the end of the drain.", ("listener",)
     ),
+    "xdp_attached": Family(
+        "gauge", "1 if the XDP program is attached to the interface.", ("interface", "mode")
+    ),
+    "xdp_fault": Family("gauge", "1 if the kernel does not do all that the configuration wants.", ()),
+    "xdp_flows": Family("counter", "Flows begun in the kernel.", ("listener",)),
+    "xdp_flow_entries": Family("gauge", "Flows that the kernel knows, by address family.", ("family",)),
+    "xdp_flow_entries_opening": Family(
+        "gauge", "Of those flows, the ones of which there has been no second packet.", ()
+    ),
+    "xdp_flow_entries_limit": Family("gauge", "Flows of each address family that it has room for.", ()),
+    "xdp_flows_ended": Family("counter", "Flows that ended, or were silent too long.", ()),
+    "xdp_flow_evictions": Family("counter", "Flows that had to make room for others.", ()),
+    "xdp_packets": Family(
+        "counter",
+        "Packets forwarded in the kernel, to backends (in) and clients (out).",
+        ("listener", "direction"),
+    ),
+    "xdp_bytes": Family("counter", "Bytes of IP packets forwarded in the kernel.", ("listener", "direction")),
+    "xdp_stateless_packets": Family(
+        "counter", "Of them, those sent by the table alone, without a flow.", ("listener",)
+    ),
+    "xdp_icmp": Family(
+        "counter",
+        "ICMP messages that followed a flow, and those of ours that a packet is too big.",
+        ("listener", "kind"),
+    ),
+    "xdp_not_forwarded_packets": Family(
+        "counter",
+        "Packets left to the kernel's stack (pass) or dropped, by reason; no listener: they were nobody's.",
+        ("listener", "action", "reason"),
+    ),
+    "xdp_backend_packets": Family(
+        "counter", "Packets forwarded in the kernel, by backend.", ("pool", "backend", "direction")
+    ),
+    "xdp_backend_bytes": Family(
+        "counter",
+        "Bytes of IP packets forwarded in the kernel, by backend.",
+        ("pool", "backend", "direction"),
+    ),
+    "xdp_backend_flows": Family("counter", "Flows begun in the kernel, by backend.", ("pool", "backend")),
 }
 """Families that only the supervisor has, besides those of `FAMILIES` that it fills."""
 

@@ -38,6 +38,7 @@ from expressgateway.worker.build_pools import SnapshotError
 from expressgateway.worker.memory import keep_the_heap
 from expressgateway.worker.options import add_options
 from expressgateway.worker.reports import Reporter, Source
+from expressgateway.worker.rights import give_up
 from expressgateway.worker.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -253,6 +254,8 @@ def main() -> int:
     arguments = parser.parse_args()
     configure(f"worker {arguments.slot}")
     tell_on(arguments.stacks)
+    if os.geteuid() != 0:  # root is root: `runtime.user` says that workers are not to be
+        give_up()
     keep_the_heap()
     gc.set_threshold(20_000, 20, 50)  # traffic makes few cycles; look for them less often
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

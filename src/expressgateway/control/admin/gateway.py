@@ -32,6 +32,18 @@ class Resources(Protocol):
         """Counts of all, and at most `limit` of them by name."""
         ...
 
+    async def xdp(self) -> shapes.Xdp:
+        """The XDP data plane, as it is now."""
+        ...
+
+    async def xdp_flows(self, limit: int) -> shapes.XdpFlows:
+        """At most `limit` of the flows in the kernel. Raises `ChangeError`."""
+        ...
+
+    async def detach_xdp(self) -> bool:
+        """Take the program away, until the next reload or start. False: there is none."""
+        ...
+
     def log_level(self) -> str: ...
 
     def set_log_level(self, level: str) -> None:

@@ -64,6 +64,8 @@ class Request:
     client: str = ""
     """Address of who asks."""
     body: bytes = b""
+    query: str = ""
+    """What follows the path's question mark, as it came."""
 
     @property
     def is_write(self) -> bool:
@@ -132,8 +134,8 @@ def parse_head(head: bytes, client: str = "") -> Request:
         headers.setdefault(key, value.decode("latin-1").strip(" \t"))
     if version == b"HTTP/1.1" and "host" not in headers:
         raise BadRequestError(400)  # RFC 9112 3.2
-    path = target.decode("ascii").partition("?")[0]
-    request = Request(method.decode("ascii"), path, headers, client)
+    path, _, query = target.decode("ascii").partition("?")
+    request = Request(method.decode("ascii"), path, headers, client, query=query)
     length = body_length(request)
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise BadRequestError(417)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from expressgateway.config.schema import Config
+from expressgateway.control.admin import shapes
 from expressgateway.control.admin.feed import Feed, event
 from expressgateway.control.admin.pool_pictures import MAX_BACKENDS, MAX_POOLS, MAX_ROWS, Traffic, pictures
 from expressgateway.control.admin.rates import (
@@ -26,6 +27,9 @@ from expressgateway.control.admin.rates import (
     summed,
     together,
 )
+from expressgateway.control.admin.xdp_picture import WANTED as XDP_WANTED
+from expressgateway.control.admin.xdp_picture import Rates as XdpRates
+from expressgateway.control.admin.xdp_picture import xdp_attention, xdp_picture
 from expressgateway.control.drain import budget_s, settle_s
 from expressgateway.control.health import HealthBoard
 from expressgateway.control.ledger import Ledger, Merged
@@ -61,6 +65,7 @@ WANTED: Final = frozenset(
         "worker_cpu_seconds",
         "worker_loop_lag_seconds",
         "certificate_expiry_timestamp_seconds",
+        *XDP_WANTED,
     }
 )
 
@@ -90,6 +95,8 @@ class Facts:
     """Seconds that its phases have taken; empty before it begins."""
     own: Sequence[Sample] = ()
     """What it counts beside that."""
+    xdp: shapes.Xdp | None = None
+    """The XDP data plane; None: there is none."""
 
 
 class Live:
@@ -156,6 +163,7 @@ class Live:
             "workers": _workers(facts.status, counts, traffic),
             "certificates": _certificates(counts),
             "drain": _drain(facts),
+            "xdp": None if facts.xdp is None else xdp_picture(facts.xdp, traffic.xdp),
         }
         picture["totals"] = _totals(facts.status["listeners"], traffic)
         picture["attention"] = attention(picture)
@@ -188,6 +196,7 @@ class _Rates:
     security: Mapping[Labels, float] = field(default_factory=dict)
     cpu: Mapping[Labels, float] = field(default_factory=dict)
     backends: Traffic = field(default_factory=Traffic)
+    xdp: XdpRates = field(default_factory=dict)
 
 
 def _whole(labels: Labels) -> Labels:
@@ -214,6 +223,7 @@ async def _traffic(span: Span | None, longer: Span | None, pace: Pace) -> _Rates
             requests=await span.rates("backend_requests", _whole, pace),
             retries=await span.rates("backend_retries", lambda labels: labels[:1], pace),
         ),
+        xdp={family: await span.rates(family, _whole, pace) for family in sorted(XDP_WANTED)},
     )
 
 
@@ -358,7 +368,12 @@ def _drain(facts: Facts) -> dict[str, Any] | None:
 
 def attention(picture: Mapping[str, Any]) -> list[dict[str, str]]:
     """Sentences, the worst first; `level` is ``bad``, ``warn`` or ``info``."""
-    found = [*_of_the_gateway(picture), *_of_pools(picture["pools"]), *_of_certificates(picture)]
+    found = [
+        *_of_the_gateway(picture),
+        *xdp_attention(picture.get("xdp")),
+        *_of_pools(picture["pools"]),
+        *_of_certificates(picture),
+    ]
     return [
         {"level": level, "text": text}
         for level in ("bad", "warn", "info")

@@ -118,6 +118,10 @@ def _operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
                 "schema": {"type": "string"},
             }
         ]
+    if operation.query:
+        made["parameters"] = [
+            {"name": name, "in": "query", "schema": dict(schema)} for name, schema in operation.query.items()
+        ]
     if operation.body is not None:
         made["requestBody"] = {
             "required": operation.needs_body,

@@ -3,7 +3,7 @@
 from typing import Final
 
 from expressgateway.config.pools import Backend
-from expressgateway.control.admin import backends, process, shapes
+from expressgateway.control.admin import backends, process, shapes, xdp
 from expressgateway.control.admin.table import Operation
 
 _POOL: Final = "/pools/{pool}"
@@ -140,6 +140,37 @@ TABLE: Final = (
         f"Clients' connections: counts, and the {process.MAX_LISTED} oldest.",
         process.show_connections,
         {200: shapes.Connections},
+    ),
+    Operation(
+        "GET",
+        "/xdp",
+        "getXdp",
+        "The XDP data plane: where it is attached, what it has forwarded.",
+        xdp.show,
+        {200: shapes.Xdp},
+    ),
+    Operation(
+        "GET",
+        "/xdp/flows",
+        "getXdpFlows",
+        f"Flows in the kernel: {xdp.LISTED} of them, or `limit`.",
+        xdp.show_flows,
+        {200: shapes.XdpFlows},
+        query={"limit": {"type": "integer", "minimum": 1, "maximum": xdp.MAX_LISTED, "default": xdp.LISTED}},
+        refusals=(422, 503),
+    ),
+    Operation(
+        "POST",
+        "/xdp/detach",
+        "detachXdp",
+        "Take the XDP program away at once, until the next reload or start: its flows are cut off, and new "
+        "ones are served in user space.",
+        xdp.detach,
+        {200: shapes.XdpDetached},
+        shapes.Write,
+        needs_body=False,
+        refusals=(409, 422),
+        while_unready=True,
     ),
     Operation("GET", "/log", "getLog", "The level of the log.", process.show_log, {200: shapes.Log}),
     Operation(

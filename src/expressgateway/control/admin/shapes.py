@@ -231,6 +231,105 @@ class Draining(TypedDict):
     note: str
 
 
+class XdpInterface(TypedDict):
+    """A network interface that the program is to be attached to."""
+
+    name: str
+    ifindex: Annotated[int, Field(ge=0, description="0: there is none.")]
+    mode: Annotated[str, Field(description="`native`, `skb` or `hw`; empty where it is not attached.")]
+    is_attached: bool
+    fault: Annotated[str, Field(description="Why it is not, as a phrase.")]
+
+
+class XdpTraffic(TypedDict):
+    """What the kernel has forwarded since the program was loaded first."""
+
+    in_packets: Annotated[Count, Field(description="To backends.")]
+    in_bytes: Count
+    out_packets: Annotated[Count, Field(description="To clients; those of `dsr` do not come by here.")]
+    out_bytes: Count
+    flows: Annotated[Count, Field(description="Flows begun.")]
+
+
+class XdpListener(XdpTraffic):
+    name: str
+    address: str
+    protocol: str
+    forwarding: str
+    pool: str
+    backends: Annotated[Count, Field(description="Those that get new flows.")]
+    stateless_packets: Annotated[Count, Field(description="Sent by the table alone, without a flow.")]
+    passed: Annotated[dict[str, int], Field(description="Packets left to the kernel's stack, by reason.")]
+    dropped: Annotated[dict[str, int], Field(description="Packets dropped, by reason.")]
+
+
+class XdpBackend(XdpTraffic):
+    pool: str
+    id: str
+
+
+class XdpLeftOut(TypedDict):
+    """A backend that gets nothing from the kernel."""
+
+    pool: str
+    backend: str
+    cause: str
+
+
+class Xdp(TypedDict):
+    """The XDP data plane."""
+
+    state: Annotated[
+        Literal["off", "attached", "partly attached", "not attached", "leaving", "detached"],
+        Field(
+            description="`leaving`: it was turned off, and its flows may end. `detached`: an operator took "
+            "it away, until the next reload or start."
+        ),
+    ]
+    fault: Annotated[str, Field(description="Why the kernel does not do all that is wanted; else empty.")]
+    pin_path: str | None
+    program_id: int | None
+    is_adopted: Annotated[bool, Field(description="Whether flows of a process before this one go on.")]
+    flows: Annotated[Count, Field(description="That the kernel knows now.")]
+    flows_ipv4: Count
+    flows_ipv6: Count
+    flows_opening: Annotated[Count, Field(description="Of them, those without a second packet so far.")]
+    max_flows: Annotated[Count, Field(description="Of each address family.")]
+    flows_ended: Annotated[Count, Field(description="Since this process has had the program.")]
+    evictions: Annotated[Count, Field(description="Flows that had to make room for others, since then.")]
+    next_hops: Annotated[Count, Field(description="Neighbours that are kept resolved.")]
+    interfaces: list[XdpInterface]
+    listeners: list[XdpListener]
+    backends: list[XdpBackend]
+    left_out: list[XdpLeftOut]
+    nobodys: Annotated[
+        dict[str, int], Field(description="Packets that were no listener's and not understood, by reason.")
+    ]
+
+
+class XdpFlow(TypedDict):
+    listener: str
+    protocol: str
+    client: Annotated[str, Field(description="Address and port.")]
+    vip: str
+    forwarding: str
+    pool: str
+    backend: str
+    source: Annotated[str, Field(description="`nat`: what the backend sees as its client; else empty.")]
+    state: Annotated[str, Field(description="`opening`, `open`, `closing` or `reset`.")]
+    idle_s: Seconds
+
+
+class XdpFlows(TypedDict):
+    flows: list[XdpFlow]
+    total: Annotated[Count, Field(description="How many there are, those that are not listed included.")]
+
+
+class XdpDetached(TypedDict):
+    state: Literal["detached", "off"]
+    note: str
+
+
 # -- what is asked
 
 

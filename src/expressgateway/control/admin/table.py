@@ -4,7 +4,7 @@ The same entries make the OpenAPI document (`openapi`), so what is described is 
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
@@ -52,6 +52,8 @@ class Operation:
     anything else are the handler's business."""
     needs_body: bool = True
     """Whether nothing at all is other than ``{}``."""
+    query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Parameters that the path may have behind it, with their schemas."""
     refusals: tuple[int, ...] = ()
     """Statuses of its own, beside those that any operation of its kind has."""
     has_etag: bool = False

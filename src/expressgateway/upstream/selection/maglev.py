@@ -38,7 +38,7 @@ class Maglev(Keyed):
         return self._size
 
     def _build(self, members: Members) -> Building:
-        return _build(members, self._size)
+        return build(members, self._size)
 
 
 class _Table:
@@ -52,7 +52,8 @@ class _Table:
         return hash_ % self._size
 
 
-def _build(members: Members, size: int) -> Building:
+def build(members: Members, size: int) -> Building:
+    """A table in steps of a few us. Members are in order of their ids, with weights above 0; at least one."""
     owners = array("I")
     taken = bytearray()
     while len(owners) < size:

@@ -57,7 +57,7 @@ function classes(found) {
 function counted(number, noun) { return plain.format(number) + ' ' + noun + (number === 1 ? '' : 's'); }
 
 const LEVELS = {
-  serving: 'good', healthy: 'good', ready: 'good',
+  serving: 'good', healthy: 'good', ready: 'good', attached: 'good', 'not attached': 'bad',
   ejected: 'bad', unhealthy: 'bad', stopped: 'bad', dead: 'bad', gone: 'bad',
   draining: 'warn', settling: 'warn', booting: 'warn', starting: 'warn', 'slow start': 'warn',
   disabled: 'off',
@@ -226,6 +226,24 @@ function pairs(host, rows) {
 const latency = ['p50', 'p90', 'p99'].map((name) => ({ label: name, kind: 'n', text: (row) => span(row[name]) }));
 
 const tables = {
+  xdp: new Table(byId('xdp-listeners'), 'Listeners in the kernel', [
+    { label: 'Listener', kind: 'name', text: (row) => row.name },
+    { label: 'Forwarding', text: (row) => row.forwarding },
+    { label: 'Backends', kind: 'n', text: (row) => String(row.backends), loud: (row) => row.backends === 0 },
+    { label: 'Flows/s', kind: 'n', text: (row) => rate(row.flows_ps) },
+    { label: 'Packets in/s', kind: 'n', text: (row) => rate(row.in_pps) },
+    { label: 'Packets out/s', kind: 'n', text: (row) => rate(row.out_pps) },
+    { label: 'In', kind: 'n', text: (row) => bandwidth(row.in_bps) },
+    { label: 'Out', kind: 'n', text: (row) => bandwidth(row.out_bps) },
+    { label: 'Passed on/s', kind: 'n', text: (row) => rate(row.passed_ps) },
+    { label: 'Dropped/s', kind: 'n', text: (row) => rate(row.dropped_ps), loud: (row) => row.dropped_ps > 0 },
+  ], (row) => row.name, 'No listener.'),
+  interfaces: new Table(byId('xdp-interfaces'), 'Interfaces', [
+    { label: 'Interface', kind: 'name', text: (row) => row.name },
+    { label: 'State', kind: 'state', text: (row) => (row.is_attached ? 'attached' : 'not attached') },
+    { label: 'Mode', text: (row) => row.mode || DASH },
+    { label: 'Cause', kind: 'cause', text: (row) => row.fault },
+  ], (row) => row.name, 'No interface.'),
   listeners: new Table(byId('listeners'), 'Listeners', [
     { label: 'Listener', kind: 'name', text: (row) => row.name },
     { label: 'Address', kind: 'wide', text: (row) => row.bound },
@@ -365,6 +383,7 @@ function show(picture) {
 
   showDrain(picture);
   tables.listeners.update(picture.listeners);
+  showXdp(picture.xdp);
   tables.routes.update(picture.routes);
   tables.errors.update(picture.errors);
   tables.security.update([...picture.security, ...picture.refused]);
@@ -388,6 +407,15 @@ function show(picture) {
   write(byId('foot'), 'Rates over the last ' + (picture.measured_s === null ? 'few seconds, still being measured' : picture.measured_s + ' s')
     + ', latency over the last ten seconds. Bytes are those of bodies and of relayed streams. Shown are at most ' + limits.backends + ' backends of a pool, '
     + limits.rows + ' in all, ' + limits.pools + ' pools, ' + limits.listeners + ' listeners and ' + limits.routes + ' routes.');
+}
+
+function showXdp(xdp) {
+  byId('xdp-card').hidden = !xdp;
+  if (!xdp) return;
+  write(byId('xdp-note'), xdp.state + ' · ' + counted(xdp.flows, 'flow') + ' of at most ' + plain.format(xdp.max_flows)
+    + ' in each address family · ' + plain.format(xdp.evictions) + ' made room');
+  tables.xdp.update(xdp.listeners);
+  tables.interfaces.update(xdp.interfaces);
 }
 
 function showDrain(picture) {
