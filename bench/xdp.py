@@ -37,6 +37,7 @@ FRAMES: Final = 400_000
 DATAGRAMS: Final = 100_000
 RELAYED: Final = 8_000
 BULK_BYTES: Final = 100_000_000
+TRIES: Final = 4
 TIMES: Final = 3
 """How often that is sent in a round."""
 SMALL: Final = 66
@@ -131,11 +132,14 @@ def known_flows(
     lab.send(flows)
 
 
-def whole(sample: Sample, wanted: int, what: str) -> float:
-    """Nanoseconds; what was lost would be cheap."""
-    if sample.came < 0.99 * wanted:
-        raise SystemExit(f"{what}: {sample.came} of {wanted} packets came back")
-    return sample.ns_each
+def whole(run: Callable[[], Sample], wanted: int, what: str) -> float:
+    """Nanoseconds. A run with losses does not count, for what is lost is cheap: where the core was somebody
+    else's for a moment, the queue of a wire was full."""
+    for _ in range(TRIES):
+        sample = run()
+        if sample.came >= 0.99 * wanted:
+            return sample.ns_each
+    raise SystemExit(f"{what}: {sample.came} of {wanted} packets came back")
 
 
 def packets(ours: Lab, others: Lab, rounds: int) -> dict[str, Figures]:
@@ -147,25 +151,25 @@ def packets(ours: Lab, others: Lab, rounds: int) -> dict[str, Figures]:
     for _ in range(rounds):
         others.prepare(Frame(4, UDP, VIP, PORTS["nat"], SMALL))
         with others.attached(others.programs["finish"]):
-            note(ALONE, "frames", whole(others.run(FRAMES), FRAMES, ALONE))
+            note(ALONE, "frames", whole(lambda: others.run(FRAMES), FRAMES, ALONE))
         with others.attached(others.programs["turn"]):
-            note(TURN, "frames", whole(others.run(FRAMES), FRAMES, TURN))
+            note(TURN, "frames", whole(lambda: others.run(FRAMES), FRAMES, TURN))
             with others.sockets(PORTS["nat"], SOCKETS, SMALL - 28) as send:
-                sample = others.measured(functools.partial(send, DATAGRAMS))
-                note(TURN, "sockets", whole(sample, DATAGRAMS, TURN))
+                work = functools.partial(others.measured, functools.partial(send, DATAGRAMS))
+                note(TURN, "sockets", whole(work, DATAGRAMS, TURN))
         for forwarding, port in PORTS.items():
             for version in (4, 6):
                 for protocol, word in ((UDP, "UDP"), (TCP, "TCP")):
                     name = f"`{forwarding}`, {word} over IPv{version}"
                     known_flows(ours, protocol, version, port)
-                    note(name, "frames", whole(ours.run(FRAMES), FRAMES, name))
+                    note(name, "frames", whole(lambda: ours.run(FRAMES), FRAMES, name))
                     if (version, protocol) == (4, UDP):
                         with ours.sockets(port, SOCKETS, SMALL - 28) as send:
                             send(SOCKETS * SOCKETS)
-                            sample = ours.measured(functools.partial(send, DATAGRAMS))
-                        note(name, "sockets", whole(sample, DATAGRAMS, name))
+                            work = functools.partial(ours.measured, functools.partial(send, DATAGRAMS))
+                            note(name, "sockets", whole(work, DATAGRAMS, name))
         others.prepare(Frame(4, UDP, BACKEND, PORTS["nat"], SMALL))
-        note(FORWARDING, "frames", whole(others.run(FRAMES), FRAMES, FORWARDING))
+        note(FORWARDING, "frames", whole(lambda: others.run(FRAMES), FRAMES, FORWARDING))
     return found
 
 
@@ -187,12 +191,14 @@ def datagrams(ours: Lab, others: Lab, relay: int, rounds: int) -> Bytes:
     for _ in range(rounds):
         others.prepare(Frame(4, UDP, VIP, port, LARGE, flows=16))
         with others.attached(others.programs["finish"]):
-            making.append(whole(others.run(FRAMES), FRAMES, ALONE))
+            making.append(whole(lambda: others.run(FRAMES), FRAMES, ALONE))
         known_flows(ours, UDP, 4, port, LARGE, flows=16)
-        kernel.append(whole(ours.run(FRAMES), FRAMES, "UDP in the kernel"))
+        kernel.append(whole(lambda: ours.run(FRAMES), FRAMES, "UDP in the kernel"))
         others.prepare(Frame(4, UDP, VIP, port, LARGE, flows=16))
         others.run(1024, at_once=AT_ONCE)
-        user.append(whole(others.run(RELAYED, gateway=relay, at_once=AT_ONCE), RELAYED, "the relay of UDP"))
+        user.append(
+            whole(lambda: others.run(RELAYED, gateway=relay, at_once=AT_ONCE), RELAYED, "the relay of UDP")
+        )
     return Bytes((min(user) - min(making)) / LARGE, (min(kernel) - min(making)) / LARGE)
 
 
@@ -310,6 +316,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--write", action="store_true", help="also write into docs/performance.md")
     options = parser.parse_args()
+    machine = report.machine()
     core = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})  # what is started inherits it
     resource.setrlimit(
@@ -329,10 +336,10 @@ def main() -> None:
     about = {
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         "command": f"`{shlex.join(['python', '-m', 'bench.xdp', *sys.argv[1:]])}`",
-        **report.machine(),
+        **machine,
         "runs": f"{options.rounds} interleaved rounds; packets: medians, and the middle half of the ratios; "
         "bytes: the least",
-        "making a packet and its one hop": f"{statistics.median(small[ALONE].frames):.0f} ns, in every row",
+        "in every row": f"{statistics.median(small[ALONE].frames):.0f} ns for making a frame and one hop",
     }
     page = f"{report.facts_list(about)}\n\n{packet_table(small)}\n\n{byte_table(large)}"
     print(page)

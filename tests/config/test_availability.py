@@ -12,8 +12,8 @@ from expressgateway.config.validate import validate
 DONE = {
     "": "listeners pools runtime observability admin security passthrough",
     "listeners": "name address protocol tls quic alt_svc http h2_security websocket grpc drain_timeout_ms "
-    "xdp xdp_forwarding drain_jitter_ms proxy_protocol h2c backends routes pool load_balancing health outlier "
-    "retry circuit_breaker",
+    "drain_jitter_ms proxy_protocol h2c xdp xdp_forwarding backends routes pool load_balancing health "
+    "outlier retry circuit_breaker",
     "listeners.tls": "cert_path key_path ocsp_path certificates client_auth client_ca_path "
     "ticket_rotation_interval_seconds "
     "ticket_rotation_overlap_seconds",

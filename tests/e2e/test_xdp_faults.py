@@ -12,7 +12,7 @@ import pytest
 
 from expressgateway.l4.xdp.bpffs import Lock
 from tests.e2e.harness import PATIENCE_S, eventually, program
-from tests.e2e.xdp_peers import Conversation, Forger, Stream, connected
+from tests.e2e.xdp_peers import Conversation, Forger, connected
 from tests.e2e.xdp_site import BACKENDS, DSR, ONE_ARM, PORT, TWO_ARMS, Site, Way, config, listener
 from tests.e2e.xdp_world import BPF_FS, World, XdpGateway, front, need_xdp, passing, unpin
 
@@ -100,7 +100,7 @@ def test_an_interface_goes_and_comes_back(site: Site) -> None:
     try:
         assert site.gateway.reload(config(WAYS)), site.gateway.log()
         assert site.gateway.is_attached("extra")
-        with Stream(site.world.near, ONE_ARM.address(4), PORT) as unbroken:
+        with site.stream(ONE_ARM) as unbroken:
             gateway.ip("link del extra")
             eventually(lambda: metric("xdp_attached", interface="extra") == 0, "it is gone")
             assert "not attached to extra any more: the interface is gone" in site.gateway.log()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.harness import eventually
-from tests.e2e.xdp_peers import Conversation, Crowd, Datagrams, Flow, Newcomers, Stream
+from tests.e2e.xdp_peers import Conversation, Crowd, Datagrams, Flow
 from tests.e2e.xdp_site import (
     BACKENDS,
     DSR,
@@ -47,10 +47,6 @@ _first_ports = itertools.count(20_000, FLOWS)
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with Site(tmp_path_factory.mktemp("xdp"), CONFIG, runtime="xdp_closing_timeout_seconds = 1") as site:
         yield site
-
-
-def stream(site: Site, way: Way) -> Stream:
-    return Stream(way.client(site.world), way.address(4), PORT)
 
 
 def spread(site: Site) -> Counter[str]:
@@ -132,7 +128,7 @@ def test_a_drained_backend_keeps_what_it_has(site: Site) -> None:
 
 def test_weights_change_with_a_reload(site: Site) -> None:
     """New flows go by them; those there are stay where they are."""
-    with many(site, ONE_ARM) as flows, stream(site, ONE_ARM) as unbroken:
+    with many(site, ONE_ARM) as flows, site.stream(ONE_ARM) as unbroken:
         for weights in ({"a": 1, "b": 3}, {"a": 4, "b": 1}, {"a": 1, "b": 1}):
             assert site.gateway.reload(config(versions=(4,), weights=weights))
             site.eventually_healthy(*BACKENDS)
@@ -162,14 +158,11 @@ def test_a_thousand_backends_are_swapped_without_a_lost_packet(site: Site) -> No
     """Streams and newcomers while weights change, half of the backends, and all of them. Flows stay where
     they are: backends that leave have time to drain."""
     site.world.gateway.ip(f"route add {CROWD} via {lan('b')}")
-    address = ONE_ARM.address(4)
     with contextlib.ExitStack() as stack:
         stack.enter_context(Crowd(site.world.b, CROWD, CROWD_PORT))
         assert site.gateway.reload(crowd(first=0)), site.gateway.log()
-        streams = [
-            stack.enter_context(Stream(site.world.near, address, CROWD_PORT, pause_s=0.002)) for _ in range(4)
-        ]
-        newcomers = stack.enter_context(Newcomers(site.world.near, address, CROWD_PORT, 10_000))
+        streams = [stack.enter_context(site.stream(ONE_ARM, CROWD_PORT, pause_s=0.002)) for _ in range(4)]
+        newcomers = stack.enter_context(site.newcomers(ONE_ARM, CROWD_PORT, first_source_port=10_000))
         for text in (
             crowd(first=0, weights=(1, 5, 2)),
             crowd(first=CROWD_SIZE // 2),
@@ -238,9 +231,9 @@ def test_an_upgrade_loses_nothing(site: Site) -> None:
     """Another process takes over: packets of flows, and new flows, meanwhile."""
     flows = site.one_of_each(DSR)
     with contextlib.ExitStack() as stack:
-        streams = [stack.enter_context(stream(site, way)) for way in WAYS]
+        streams = [stack.enter_context(site.stream(way)) for way in WAYS]
         conversations = [stack.enter_context(Conversation(flow)) for flow in flows.values()]
-        newcomers = stack.enter_context(Newcomers(site.world.near, ONE_ARM.address(4), PORT, 10_000))
+        newcomers = stack.enter_context(site.newcomers(ONE_ARM, first_source_port=10_000))
         held = stack.enter_context(many(site, TWO_ARMS))
         site.gateway.upgrade()
         newcomers.goes_on()
@@ -256,8 +249,8 @@ def test_flows_outlive_a_supervisor_that_is_killed(site: Site) -> None:
     """Nothing in user space is left for a while; the next process takes over what there is."""
     gateway = site.gateway
     with contextlib.ExitStack() as stack:
-        streams = [stack.enter_context(stream(site, way)) for way in (TWO_ARMS, DSR)]
-        newcomers = stack.enter_context(Newcomers(site.world.near, ONE_ARM.address(4), PORT, 15_000))
+        streams = [stack.enter_context(site.stream(way)) for way in (TWO_ARMS, DSR)]
+        newcomers = stack.enter_context(site.newcomers(ONE_ARM, first_source_port=15_000))
         held = stack.enter_context(many(site, TWO_ARMS))
         gateway.kill()
         newcomers.goes_on()

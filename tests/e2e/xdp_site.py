@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from tests.e2e.harness import eventually
-from tests.e2e.xdp_peers import Backend, Datagrams, Flow, connected, decapsulating
+from tests.e2e.xdp_peers import Backend, Datagrams, Flow, Newcomers, Stream, connected, decapsulating
 from tests.e2e.xdp_world import (
     DSR_VIP,
     ENCAPSULATED_VIP,
@@ -157,6 +157,18 @@ class Site:
     def datagrams(self, way: Way, version: int = 4, **more: Any) -> Datagrams:
         return Datagrams(way.client(self.world), way.address(version), PORT, **more)
 
+    def stream(self, way: Way, port: int = PORT, **more: Any) -> Stream:
+        return Stream(way.client(self.world), way.address(4), port, self.world.dropped, **more)
+
+    def newcomers(self, way: Way, port: int = PORT, *, first_source_port: int) -> Newcomers:
+        return Newcomers(
+            way.client(self.world),
+            way.address(4),
+            port,
+            self.world.dropped,
+            first_source_port=first_source_port,
+        )
+
     def one_of_each(self, way: Way, version: int = 4) -> dict[str, Flow]:
         """A connection to each backend."""
         found: dict[str, Flow] = {}
@@ -179,16 +191,21 @@ class Site:
 
     def counts(self, name: str) -> dict[str, float]:
         """What the kernel has counted of a listener; it is read about once a second."""
-        metric = self.gateway.metric
+        samples = self.gateway._samples()
+
+        def value(family: str, **labels: str) -> float:
+            text = ",".join(f'{key}="{label}"' for key, label in {"listener": name, **labels}.items())
+            return samples.get((family, text), 0.0)
+
         found = {
-            f"{way}_{what}": metric(f"xdp_{what}_total", listener=name, direction=way)
+            f"{way}_{what}": value(f"xdp_{what}_total", direction=way)
             for way in ("in", "out")
             for what in ("packets", "bytes")
         }
-        found["flows"] = metric("xdp_flows_total", listener=name)
-        for kind in ("followed", "too_big"):
-            found[f"icmp_{kind}"] = metric("xdp_icmp_total", listener=name, kind=kind)
-        return found
+        found["flows"] = value("xdp_flows_total")
+        return found | {
+            f"icmp_{kind}": value("xdp_icmp_total", kind=kind) for kind in ("followed", "too_big")
+        }
 
     def eventually_healthy(self, *names: str, version: int = 4) -> None:
         """These backends of the pool are in use, and no others."""

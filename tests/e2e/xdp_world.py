@@ -206,6 +206,14 @@ class World:
                 f"route add {CLIENT_ROUTE} via {lan('gateway')}",
             )
 
+    def dropped(self) -> int:
+        """Frames that found the queue of a wire full, so far."""
+        count = 0
+        for namespace in (self.gateway, self.switch, self.near, self.far, self.a, self.b):
+            for device in json.loads(namespace.show("-j -s link")):
+                count += device["stats64"]["tx"]["dropped"]
+        return count
+
     def forwarding(self, on: bool) -> None:
         """Of the gateway; without it the kernel tells a program of no next hop."""
         self.gateway.sysctl(ipv4__conf__all__forwarding=int(on), ipv6__conf__all__forwarding=int(on))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from expressgateway.config.blocks import Runtime
 from expressgateway.config.schema import Config
@@ -23,9 +23,11 @@ from expressgateway.control.failures import StartError
 from expressgateway.control.xdp_wanted import Ask, pools_of, versions_of, wanted_of
 from expressgateway.l4.xdp.devices import forwarding_off, ifindex_of
 from expressgateway.l4.xdp.faults import XdpError, no_forwarding, no_interface
-from expressgateway.l4.xdp.plane import DataPlane
 from expressgateway.l4.xdp.seen import Counted, FlowSeen
 from expressgateway.l4.xdp.wanted import Wanted, WantedVip
+
+if TYPE_CHECKING:
+    from expressgateway.l4.xdp.plane import DataPlane
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +39,21 @@ _PATIENCE_S: Final = 5.0  # for what somebody waits for at the admin listener
 
 _T = TypeVar("_T")
 
-Open = Callable[..., DataPlane]
+Open = Callable[..., "DataPlane"]
 """`DataPlane.open`, or what stands for it in tests."""
+
+
+def _open(*arguments: Any, **named: Any) -> "DataPlane":  # noqa: ANN401 - as it has them
+    # Imported where it is wanted: it takes a while, and most gateways do without.
+    from expressgateway.l4.xdp.plane import DataPlane
+
+    return DataPlane.open(*arguments, **named)
 
 
 class Xdp:
     """See the module's text. To be used on the loop's thread."""
 
-    def __init__(self, ask: Ask, *, takes_over: bool = False, open_plane: Open = DataPlane.open) -> None:
+    def __init__(self, ask: Ask, *, takes_over: bool = False, open_plane: Open = _open) -> None:
         """`ask`: what is known of a pool; `takes_over`: from a supervisor that still runs."""
         self._ask = ask
         self._takes_over = takes_over
@@ -149,7 +158,7 @@ class Xdp:
             plane.attachments.attach(interfaces, runtime.xdp_mode)
         self._runtime = runtime
 
-    def _opened(self, runtime: Runtime) -> DataPlane:
+    def _opened(self, runtime: Runtime) -> "DataPlane":
         return self._open(
             runtime.xdp_interface or (),
             runtime.xdp_mode,
@@ -158,7 +167,7 @@ class Xdp:
             takes_over=self._takes_over,
         )
 
-    def _renew(self, plane: DataPlane, before: Runtime, runtime: Runtime) -> None:
+    def _renew(self, plane: "DataPlane", before: Runtime, runtime: Runtime) -> None:
         """Maps of another size, or in another place: flows are lost."""
         wanted = plane.wanted
         plane.detach()
@@ -263,7 +272,7 @@ class Xdp:
             await self.end()
             log.info("XDP is off")
 
-    def _work(self, plane: DataPlane, ticks: int) -> bool:
+    def _work(self, plane: "DataPlane", ticks: int) -> bool:
         """Whether what is wanted is to be written again."""
         if plane is not self._plane:
             return False
@@ -274,7 +283,7 @@ class Xdp:
         self._count(plane, sweeps=ticks % _SWEEP_TICKS == 0)
         return is_due
 
-    def _count(self, plane: DataPlane, *, sweeps: bool) -> None:
+    def _count(self, plane: "DataPlane", *, sweeps: bool) -> None:
         if plane is not self._plane:
             return  # it was given up meanwhile
         if sweeps:
