@@ -74,11 +74,6 @@ class LongHeader:
         return f"<LongHeader v{self.version:#x} type={self.type} to {self.destination.hex()}>"
 
 
-def is_long(packet: bytes) -> bool:
-    """Whether it has a long header. ``packet`` is not empty."""
-    return packet[0] >= _LONG
-
-
 def read_long(packet: bytes) -> LongHeader | None:
     """The long header at the beginning of a datagram; ``None`` if it is cut short or breaks its version's
     rules (the fixed bit, connection IDs of at most 20 bytes: RFC 9000 17.2)."""

@@ -299,10 +299,6 @@ class H3Stream(Stream):
             self.connection.transport.consumed(self.id, len(parked))
 
     @property
-    def is_parked(self) -> bool:
-        return self._parked is not None
-
-    @property
     def is_mid_head(self) -> bool:
         return self.phase is HEAD and CAN_RECEIVE[self.state]
 
