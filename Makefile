@@ -17,7 +17,7 @@ PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 # Where properties are tested: `make fuzz` tries each a hundred times as often as the suite does.
 FUZZED := tests/wire tests/config/test_fuzz.py tests/config/test_positions.py tests/demo/test_http.py tests/l4/xdp/test_properties.py tests/l4/xdp/test_server_ids.py
 
-.PHONY: run test lint types check dist bpf bench soak outage rolling fuzz format system clean
+.PHONY: run test lint types check dist bpf bench bench-xdp soak outage rolling fuzz format system clean
 
 run: $(RUN)
 	$(BIN)/expressgateway demo
@@ -48,6 +48,9 @@ bpf: system
 
 bench: $(BENCH) system
 	$(BIN)/python -m bench --write
+
+bench-xdp: $(BENCH) system
+	$(BIN)/python -m bench.xdp --write
 
 soak: $(BENCH) system
 	$(BIN)/python -m bench soak --write
