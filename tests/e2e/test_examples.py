@@ -363,6 +363,8 @@ class TestSticky:
         cookie = sessions(sticky, 1)["3000"][0]
         sticky.sick.add("3000")
         eventually(lambda: state(sticky, "a") == "unhealthy", "it was found out")
+        # Workers are told a moment later.
+        eventually(lambda: sticky.ask_for(cookie=cookie).body != "3000", "its clients are given another one")
         moved = sticky.ask_for(cookie=cookie)
         assert moved.body != "3000"
         assert moved.cookie not in ("", cookie)

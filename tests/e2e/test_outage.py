@@ -214,6 +214,7 @@ class TestAll:
             for backend in three:
                 wait_state(gateway, backend.name, "unhealthy")
             assert gateway.metric("pool_panic", pool="web") == int(percent > 0)
+            eventually(lambda: ask(port)[0] == status, "workers know as well")
             answered, headers, body = ask(port)
             assert answered == status, body
             assert f"error={error};" in headers["proxy-status"]
