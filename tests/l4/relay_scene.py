@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +130,7 @@ class RelayScene:
 @contextlib.asynccontextmanager
 async def relay_scene(directory: Path, **options: Any) -> AsyncIterator[RelayScene]:
     """A started listener. At the end nothing may be left of it: no connection, no count, no descriptor."""
+    gc.collect()  # what earlier tests left to the collector is not to go meanwhile
     before = descriptors()
     one = RelayScene(directory, **options)
     one.listener.start()
@@ -151,4 +153,4 @@ async def relay_scene(directory: Path, **options: Any) -> AsyncIterator[RelaySce
     assert not one.census.inside
     assert not any(backend.in_flight or backend.open for backend in one.backends)
     assert (one.pool.load.in_flight, one.pool.load.open) == (0, 0)
-    await until(lambda: descriptors() == before)
+    await until(lambda: descriptors() <= before)
