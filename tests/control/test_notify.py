@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from expressgateway.control.notify import FDSTORE, KEPT, MAX_WAITING, Notifier, keeps_sockets, passed
+from tests.net.loopback import descriptors
 
 PATIENCE_S = 30.0
 QUEUE = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
@@ -67,10 +68,6 @@ def listening() -> socket.socket:
 
 def inode(sock: socket.socket) -> int:
     return os.fstat(sock.fileno()).st_ino
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 class TestMessages:

@@ -22,6 +22,7 @@ from expressgateway.control.socket_book import (
     where_of,
 )
 from expressgateway.control.sockets import Bound
+from tests.net.loopback import descriptors
 from tests.ports import free_port
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
@@ -66,10 +67,6 @@ def change(book: SocketBook, *listeners: tuple[str, int, str], slots: int = 2) -
     prepared = book.prepare(config(*listeners), slots)
     close_all(book.adopt(prepared, slots))
     return prepared
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def inodes(bound: Bound) -> list[int]:

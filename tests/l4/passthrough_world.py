@@ -16,7 +16,8 @@ from expressgateway.observe.counters import ListenerCounters
 from expressgateway.upstream.backend import Backend, BackendSettings, SocketAddress
 from expressgateway.upstream.pool import Pool, PoolSettings
 from expressgateway.upstream.selection import Balancing
-from tests.l4.udp_gateway import V4, Client, Echo, FakeCensus, datagram_socket, descriptors
+from tests.l4.udp_gateway import V4, Client, Echo, FakeCensus, datagram_socket
+from tests.net.loopback import descriptors
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -20,7 +20,8 @@ from expressgateway.net.reactor import Reactor
 from expressgateway.observe.counters import ListenerCounters
 from expressgateway.upstream.backend import Backend, BackendSettings, TlsSettings
 from expressgateway.upstream.pool import Pool
-from tests.l4.udp_gateway import FakeCensus, datagram_socket, descriptors, run
+from tests.l4.udp_gateway import FakeCensus, datagram_socket, run
+from tests.net.loopback import descriptors
 from tests.quic_peers import QuicBackend, QuicPeer, quic_backend, quic_client, until
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ from tests.l4.udp_gateway import (
     Gateway,
     datagram_socket,
     dead_address,
-    descriptors,
     gateway,
     run,
     settings_of,
     until,
 )
+from tests.net.loopback import descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -19,11 +19,11 @@ from tests.l4.udp_gateway import (
     V4,
     FakeCensus,
     datagram_socket,
-    descriptors,
     gateway,
     run,
     until,
 )
+from tests.net.loopback import descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

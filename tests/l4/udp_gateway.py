@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +19,7 @@ from expressgateway.net.reactor import Reactor
 from expressgateway.observe.counters import ListenerCounters
 from expressgateway.upstream.backend import Backend, BackendSettings, SocketAddress
 from expressgateway.upstream.pool import Pool, PoolSettings
+from tests.net.loopback import descriptors
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -189,10 +189,6 @@ async def gateway(
     assert not any(backend.in_flight or backend.open for backend in one.backends)
     assert (one.pool.load.in_flight, one.pool.load.open) == (0, 0)
     assert descriptors() <= before
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 async def until(claim: Callable[[], object]) -> None:
